@@ -1,0 +1,99 @@
+"""PrimFuncs to object code: the one module that touches TVM's build pipeline and LLVM back end.
+
+Kernels become plain C functions (see `sparsec.program`), not TVM packed functions: after TVM's own lowering passes the
+buffer parameters are replaced by raw pointers and `MakePackedAPI` is left out. The object then needs no TVM runtime, no
+workspace hooks and no argument checks; accumulators are stack slots that LLVM turns into registers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import ir, s_tir, tirx
+from tvm.ir import PointerType, PrimType
+from tvm.tirx.build import codegen_build
+
+from sparsec.errors import BuildError
+from sparsec.program import MAX_ARGS, Kernel
+from sparsec.targets import Target
+
+
+def tvm_target(target: Target) -> Any:
+    """TVM's description of `target`."""
+    plain = tvm.target.Target({"kind": "llvm", "num-cores": 1, **target.llvm})
+    return plain.with_host(plain)
+
+
+def _lowering_passes(target: Any) -> list[Any]:
+    """TVM's own phases from scheduled TIR to flat, vectorized loops, in order."""
+    return [
+        tirx.transform.BindTarget(target),
+        s_tir.transform.CanonicalizeLoop(),
+        s_tir.transform.LowerInitBlock(),
+        s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
+        s_tir.transform.ConvertBlocksToOpaque(),
+        s_tir.transform.CompactBufferAllocation(),
+        s_tir.transform.LowerMatchBuffer(),
+        s_tir.transform.StmtSimplify(),
+        s_tir.transform.LowerOpaqueBlock(),
+        tirx.transform.FlattenBuffer(),
+        tirx.transform.NarrowDataType(32),
+        s_tir.transform.LoopPartition(),
+        tirx.transform.VectorizeLoop(True),
+        tirx.transform.StorageRewrite(),
+        tirx.transform.UnrollLoop(),
+        s_tir.transform.RenormalizeSplitPattern(),
+        tirx.transform.StmtSimplify(),
+        tirx.transform.RemoveNoOp(),
+        s_tir.transform.RewriteUnsafeSelect(),
+        tirx.transform.CommonSubexprElim(),
+    ]
+
+
+def _plain_c(func: Any) -> Any:
+    """`func` with each buffer parameter replaced by a pointer, padded to MAX_ARGS pointers, then begin and end."""
+    pointers, declarations, scalars = [], [], []
+    for param in func.params:
+        if tirx.is_buffer_var(param):
+            pointer = tirx.Var(param.name, PointerType(PrimType(str(param.dtype))))
+            pointers.append(pointer)
+            declarations.append(tirx.DeclBuffer(param, data=pointer))
+        else:
+            scalars.append(param)
+    if len(pointers) > MAX_ARGS or len(scalars) != 2:
+        raise BuildError(f"a kernel takes at most {MAX_ARGS} buffers and (begin, end), got {len(pointers)} and {len(scalars)}")
+    unused = [tirx.Var(f"unused{i}", PointerType(PrimType("uint8"))) for i in range(MAX_ARGS - len(pointers))]
+    body = tirx.SeqStmt([*declarations, func.body]) if declarations else func.body
+    return tirx.PrimFunc([*pointers, *unused, *scalars], body, func.ret_type, func.attrs)
+
+
+def lower_kernels(kernels: tuple[Kernel, ...], target: Target) -> Any:
+    """The kernels as one TVM module of plain C functions, ready for LLVM."""
+    functions = {}
+    for kernel in kernels:
+        functions[kernel.name] = kernel.func.with_attrs({"global_symbol": kernel.name, "tirx.noalias": True})
+    bound = tvm_target(target)
+    module = ir.transform.Sequential(_lowering_passes(bound))(tvm.IRModule(functions))
+    plain = {var: _plain_c(func) for var, func in module.functions.items()}
+    return tirx.transform.LowerIntrin()(tvm.IRModule(plain, attrs=module.attrs))
+
+
+def compile_kernels(kernels: tuple[Kernel, ...], target: Target, path: Path) -> None:
+    """Write one relocatable object with every kernel as a global function to `path`. Raises BuildError."""
+    try:
+        library = codegen_build(lower_kernels(kernels, target), tvm_target(target).host)
+        library.write_to_file(str(path), "o")
+    except (tvm.error.TVMError, ValueError, TypeError) as error:
+        raise BuildError(f"TVM could not build {len(kernels)} kernels: {_last_line(error)}", target.name) from error
+
+
+def kernel_text(kernel: Kernel) -> str:
+    """The kernel's TIR as TVM script."""
+    return kernel.func.script()
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

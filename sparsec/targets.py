@@ -1,0 +1,119 @@
+"""Targets: read from `targets.toml` and from the entry-point group `sparsec.targets`. A target is data."""
+
+from __future__ import annotations
+
+import difflib
+import platform
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata, resources
+from typing import Any
+
+from sparsec.errors import TargetError
+from sparsec.kernels.base import Machine
+
+
+@dataclass(frozen=True)
+class Target:
+    """One CPU and operating system to compile for."""
+
+    name: str  # host, arm, ...
+    cpu: str  # the stanza in targets.toml
+    arch: str  # x86_64, aarch64
+    os: str  # linux, android
+    features: tuple[str, ...]  # what the generated code needs; checked when a model is opened
+    llvm: dict[str, Any]  # mtriple, mcpu, mattr for TVM
+    machine: Machine
+    runtime: str  # the runtime adapter that runs its artifacts here
+    description: str = ""
+
+    @property
+    def zig_triple(self) -> str:
+        """ziglang's target for shared libraries. glibc 2.17 is what the oldest supported boards carry."""
+        return f"{self.arch}-linux-android" if self.os == "android" else f"{self.arch}-linux-gnu.2.17"
+
+    @property
+    def zig_static_triple(self) -> str:
+        """ziglang's target for static executables (`bench`)."""
+        return f"{self.arch}-linux-musl"
+
+
+@cache
+def table() -> dict[str, Any]:
+    """The merged stanzas: `{"cpu": {...}, "target": {...}}`; installed packages add theirs as a dict of the same form."""
+    merged = tomllib.loads(resources.files("sparsec").joinpath("targets.toml").read_text(encoding="utf-8"))
+    for point in metadata.entry_points(group="sparsec.targets"):
+        extra = point.load()
+        for section in ("cpu", "target"):
+            merged[section].update(extra.get(section, {}))
+    return merged
+
+
+def _cpu(name: str) -> dict[str, Any]:
+    stanza = dict(table()["cpu"][name])
+    base = stanza.pop("base", None)
+    return {**_cpu(base), **stanza} if base else stanza
+
+
+def suggest(word: str, known: list[str]) -> str:
+    """` (did you mean X?)`, or nothing if no known word is near."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def target_names() -> list[str]:
+    """Known target names, in table order."""
+    return list(table()["target"])
+
+
+def cpu_names(target: str) -> list[str]:
+    """CPUs that `target` accepts."""
+    return list(table()["target"][target]["cpus"])
+
+
+def host_cpu() -> str:
+    """The best CPU stanza for this machine."""
+    arch = platform.machine().lower()
+    if arch in ("x86_64", "amd64"):
+        flags = _host_flags()
+        if {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= flags:
+            return "x86-64-v4"
+        return "x86-64-v3" if {"avx2", "fma"} <= flags else "x86-64-v2"
+    if arch in ("aarch64", "arm64"):
+        return "armv8.2-a" if {"asimddp", "asimdhp"} <= _host_flags() else "generic"
+    raise TargetError(f"no code generator for this machine's architecture {arch!r}; use --target arm", "host")
+
+
+def _host_flags() -> set[str]:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if line.lower().startswith(("flags", "features")):
+                    return set(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return set()
+
+
+def find_target(name: str, cpu: str | None = None, os: str | None = None) -> Target:
+    """The target called `name`, for `cpu` and `os` or their defaults. Raises TargetError with the nearest known name."""
+    targets = table()["target"]
+    if name not in targets:
+        raise TargetError(f"unknown target {name!r}{suggest(name, list(targets))}", "--target")
+    stanza = targets[name]
+    if cpu is None:
+        cpu = host_cpu() if name == "host" else stanza["cpus"][0]
+    if cpu not in stanza["cpus"]:
+        raise TargetError(f"target {name!r} has no cpu {cpu!r}{suggest(cpu, stanza['cpus'])}", "--cpu")
+    if os is None:
+        os = stanza["os"][0]
+    if os not in stanza["os"]:
+        raise TargetError(f"target {name!r} has no operating system {os!r}{suggest(os, stanza['os'])}", "--os")
+    facts = _cpu(cpu)
+    machine = Machine(**{key: facts[key] for key in Machine.__dataclass_fields__})
+    llvm = {"mtriple": f"{facts['arch']}-unknown-linux-gnu", **facts["llvm"]}
+    return Target(
+        name=name, cpu=cpu, arch=facts["arch"], os=os, features=tuple(facts["features"]), llvm=llvm, machine=machine,
+        runtime=stanza["runtime"], description=stanza["description"],
+    )  # fmt: skip
