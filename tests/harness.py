@@ -1,0 +1,94 @@
+"""Runs kernels alone: compile with `sparsec.codegen`, link with the C compiler, call through ctypes.
+
+Shared by the tests of kernels and of the generic route. Every buffer gets the alignment and the slack that the runtime
+promises (`sparsec.program`), filled with NaN bytes, and a guard behind the slack that a kernel must leave alone. Tiles
+run in uneven ranges, last range first, so that a kernel whose tiles depend on each other fails.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsec.codegen import compile_kernels
+from sparsec.program import ALIGNMENT, MAX_ARGS, SLACK, Kernel
+from sparsec.targets import Target, find_target
+
+GUARD = 64  # bytes behind the slack that nothing may write
+_FILL = 0xFF  # NaN as float32, -1 as integer
+
+
+class Room:
+    """One buffer as the runtime would place it: 64-byte aligned, SLACK bytes and a guard behind it."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        array = np.asarray(array)
+        self.memory = np.full(array.nbytes + SLACK + GUARD + ALIGNMENT, _FILL, np.uint8)
+        self.start = -self.memory.ctypes.data % ALIGNMENT
+        self.size = array.nbytes
+        self.array = self.memory[self.start : self.start + self.size].view(array.dtype).reshape(array.shape)
+        self.array[...] = array
+
+    @property
+    def pointer(self) -> ctypes.c_void_p:
+        """Address of the first element."""
+        return ctypes.c_void_p(self.memory.ctypes.data + self.start)
+
+    def check(self, what: str) -> None:
+        """Raise AssertionError if something was written outside the buffer and its slack."""
+        assert (self.memory[: self.start] == _FILL).all(), f"{what}: written in front of the buffer"
+        assert (self.memory[self.start + self.size + SLACK :] == _FILL).all(), f"{what}: written behind the slack"
+
+
+def ranges(tiles: int, splits: int) -> list[tuple[int, int]]:
+    """`[0, tiles)` in at most `splits` uneven ranges, last first."""
+    parts = max(1, min(splits, tiles))
+    cuts = sorted({0, tiles, *(tiles * i * i // (parts * parts) for i in range(1, parts))})
+    return list(itertools.pairwise(cuts))[::-1]
+
+
+class Library:
+    """Kernels as a loaded shared library for the target, which must be this machine."""
+
+    def __init__(self, kernels: Sequence[Kernel], target: Target | None = None) -> None:
+        self.target = target or find_target("host")
+        with tempfile.TemporaryDirectory() as folder:
+            compile_kernels(tuple(kernels), self.target, Path(folder, "kernels.o"))
+            compiler = [shutil.which("gcc")] if shutil.which("gcc") else [sys.executable, "-m", "ziglang", "cc"]
+            command = [*compiler, "-shared", "-o", "kernels.so", "kernels.o", "-lm", "-Wl,-z,defs"]
+            subprocess.run(command, cwd=folder, check=True)
+            self._library = ctypes.CDLL(str(Path(folder, "kernels.so")))
+
+    def call(self, name: str, rooms: Sequence[Room], tiles: int, splits: int = 3) -> None:
+        """Run kernel `name` over all tiles in `splits` uneven ranges, in place."""
+        function = self._library[name]
+        function.restype = None
+        function.argtypes = [ctypes.c_void_p] * MAX_ARGS + [ctypes.c_int32, ctypes.c_int32]
+        pointers = [room.pointer for room in rooms] + [None] * (MAX_ARGS - len(rooms))
+        for begin, end in ranges(tiles, splits):
+            function(*pointers, begin, end)
+        for i, room in enumerate(rooms):
+            room.check(f"{name}, argument {i}")
+
+
+def run_kernel(
+    kernel: Any, arrays: Sequence[np.ndarray], tiles: int, target: Target | None = None, splits: int = 3
+) -> list[np.ndarray]:
+    """Copies of `arrays` (one per buffer parameter, outputs included) after `kernel` ran over `tiles` tiles.
+
+    `kernel` is a `Kernel` or a PrimFunc. Give outputs and scratch as arrays filled with garbage.
+    """
+    if not isinstance(kernel, Kernel):
+        kernel = Kernel("kernel_under_test", kernel)
+    rooms = [Room(array) for array in arrays]
+    Library([kernel], target).call(kernel.name, rooms, tiles, splits)
+    return [room.array for room in rooms]
