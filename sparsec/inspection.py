@@ -1,0 +1,161 @@
+"""`sparsec inspect`: what became of each layer, why, and what the whole stores and needs."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import onnx_ir
+    from rich.console import Console
+
+    from sparsec.artifact import Artifact
+    from sparsec.program import Layer, Program
+    from sparsec.targets import Target
+
+
+def layer_row(layer: Layer) -> dict[str, Any]:
+    """One layer in the JSON form of `inspect`; `zeros` is a share, `bytes` what the kernel stores."""
+    return {
+        "name": layer.name,
+        "op": layer.op,
+        "shape": list(layer.shape),
+        "zeros": round(float(layer.zeros), 6),
+        "structure": layer.structure,
+        "kernel": layer.kernel,
+        "route": layer.route,
+        "reason": layer.reason,
+        "candidates": [{"kernel": c.kernel, "predicted_us": _us(c.predicted_us)} for c in layer.candidates],
+        "predicted_us": _us(layer.predicted_us),
+        "bytes": int(layer.bytes),
+        "nodes": list(layer.nodes),
+    }
+
+
+def _us(value: float) -> float:
+    return round(float(value), 3)
+
+
+def weight_counts(model_bytes: bytes) -> dict[str, int]:
+    """Constants of an ONNX model: `raw_bytes` of all floats; elements and zeros of those with two axes or more."""
+    import numpy as np
+    import onnx
+    from onnx import numpy_helper
+
+    raw = elements = nonzeros = 0
+    model = onnx.load_from_string(model_bytes)
+    for tensor in _constants(model.graph):
+        array = numpy_helper.to_array(tensor)
+        if array.dtype.kind != "f":
+            continue
+        raw += array.nbytes
+        if array.ndim >= 2:
+            elements += array.size
+            nonzeros += int(np.count_nonzero(array))
+    return {"raw_bytes": raw, "weights": elements, "weight_zeros": elements - nonzeros}
+
+
+def _constants(graph: Any) -> list[Any]:
+    found = list(graph.initializer)
+    for node in graph.node:
+        if node.op_type == "Constant":
+            found += [a.t for a in node.attribute if a.name == "value"]
+    return found
+
+
+def report(program: Program, model_bytes: bytes, sizes: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """`{layers, totals}` of a program; `sizes`: bytes of the files built from it, absent for an ONNX model."""
+    layers = [layer_row(layer) for layer in program.layers]
+    counts = weight_counts(model_bytes)
+    predicted = sum(layer.predicted_us for layer in program.layers)
+    generic = sum(layer.predicted_us for layer in program.layers if layer.route == "generic")
+    code = None if sizes is None else sizes["libmodel.so"]
+    weights = program.weights_bytes if sizes is None else sizes.get("weights.bin", 0)
+    return {
+        "model": program.name,
+        "target": program.target.name,
+        "cpu": program.target.cpu,
+        "layers": layers,
+        "totals": {
+            "layers": len(layers),
+            **counts,
+            "zeros": round(counts["weight_zeros"] / counts["weights"], 6) if counts["weights"] else 0.0,
+            "packed_bytes": weights,
+            "code_bytes": code,
+            "arena_bytes": program.arena_bytes,
+            "scratch_bytes": program.scratch_bytes,
+            "ram_bytes": program.arena_bytes + program.weights_bytes + program.scratch_bytes,
+            "predicted_us": _us(predicted),
+            "generic_share": round(generic / predicted, 6) if predicted else 0.0,
+        },
+    }
+
+
+def inspect_model(model: onnx_ir.Model, target: Target) -> dict[str, Any]:
+    """Report on an ONNX model as it is, lowered for `target` but not built."""
+    import onnx_ir as ir
+
+    from sparsec.compiler import lower
+
+    program = lower(model, target)
+    result = report(program, ir.to_proto(model).SerializeToString())
+    packed = sorted(program.constants, key=lambda c: c.offset)
+    result["totals"]["gzip_bytes"] = _gzip(memoryview(c.data).cast("B") for c in packed if c.data.nbytes)
+    return result
+
+
+def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
+    """Report on an artifact: its report.json, and how small its weights and code become when compressed."""
+    result = artifact.report
+    files = [artifact.path / "libmodel.so", artifact.path / "weights.bin"]
+    result["totals"]["gzip_bytes"] = _gzip(_chunks([file for file in files if file.exists()]))
+    return result
+
+
+def _chunks(files: list[Path]) -> Any:
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                yield chunk
+
+
+def _gzip(chunks: Any) -> int:
+    """Bytes after deflate at level 6, what an app store's package or `gzip` reaches."""
+    deflate = zlib.compressobj(6)
+    return sum(len(deflate.compress(chunk)) for chunk in chunks) + len(deflate.flush())
+
+
+def print_report(result: Mapping[str, Any], console: Console, verbose: bool = False) -> None:
+    """The report as a table; `verbose` adds each layer's candidates and nodes."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(f"{result['model']} for {result['target']} ({result['cpu']})"), title_justify="left")
+    for column in ("layer", "op", "shape", "zeros", "structure", "kernel", "bytes", "predicted us", "why"):
+        right = column in ("zeros", "bytes", "predicted us")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    for row in result["layers"]:
+        why = row["reason"]
+        if verbose and row["candidates"]:
+            others = ", ".join(f"{c['kernel']} {c['predicted_us']:.0f}" for c in row["candidates"])
+            why = f"{why} [{others}]" if why else others
+        shape = "x".join(map(str, row["shape"]))
+        cells = [row["name"], row["op"], shape, f"{100 * row['zeros']:.1f}%", row["structure"], row["kernel"]]
+        cells += [f"{row['bytes']:,}", f"{row['predicted_us']:.1f}", why]
+        table.add_row(*map(escape, cells))
+    console.print(table)
+    totals = result["totals"]
+    code = f" + {totals['code_bytes']:,} B code" if totals["code_bytes"] is not None else ""
+    lines = [
+        f"weights  {totals['weights']:,}, {100 * totals['zeros']:.1f}% zero",
+        f"size     {totals['raw_bytes']:,} B of floats -> {totals['packed_bytes']:,} B packed{code},"
+        f" {totals['gzip_bytes']:,} B compressed",
+        f"memory   {totals['ram_bytes']:,} B (activations {totals['arena_bytes']:,},"
+        f" scratch {totals['scratch_bytes']:,} a thread, the rest weights)",
+        f"time     {totals['predicted_us'] / 1000:.2f} ms predicted on one thread,"
+        f" {100 * totals['generic_share']:.1f}% of it in the generic route",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
