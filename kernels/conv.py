@@ -286,14 +286,17 @@ def unpack(packed: Packed, w_shape: tuple[int, int, int, int]) -> np.ndarray:
 # --- cost ------------------------------------------------------------------------------------------------------------
 
 
-def tile_cycles(machine: Machine, rows: int, parts: tuple[tuple[int, int, int], ...], indexed: bool) -> float:
-    """Cycles for one stored column of a register tile: the port model (FMA, load and issue bounds; the largest wins)."""
+def tile_cycles(
+    machine: Machine, rows: int, parts: tuple[tuple[int, int, int], ...], indexed: bool, panel_bytes: int
+) -> float:
+    """Cycles for one stored column of a register tile: FMA, load, issue and L2 bounds; the largest wins."""
     shares = [max(lanes / machine.lanes, 0.5 if machine.lanes == 16 else 1.0) for _, lanes, _ in parts]
     fmas = rows * sum(shares) / machine.fma
     weights = -(-rows // 4) if machine.lane_fma else rows / 2
     loads = (sum(shares) + weights + indexed) / machine.loads
     issue = (rows * len(parts) + len(parts) + weights + 2 * indexed + 1) / machine.uops
-    return max(fmas, loads, issue)
+    from_l2 = 4 * sum(lanes for _, lanes, _ in parts) / machine.l2_bytes_per_cycle if panel_bytes > machine.l1_bytes else 0.0
+    return max(fmas, loads, issue, from_l2)
 
 
 def predict_us(machine: Machine, geometry: Geometry, tiling: Tiling, columns: float, indexed: bool) -> float:
@@ -306,7 +309,7 @@ def predict_us(machine: Machine, geometry: Geometry, tiling: Tiling, columns: fl
         if not count:
             continue
         parts = tiling.shape_of(pixels)
-        compute = columns * tile_cycles(machine, tiling.rows, parts, indexed)
+        compute = columns * tile_cycles(machine, tiling.rows, parts, indexed, int(4 * live * tiling.width))
         # Start, epilogue and store of each register tile; copying the panel.
         overhead = groups * (10 + 2.0 * tiling.rows * len(parts) / machine.loads)
         copies = len(parts) if geometry.pointwise else len(parts) + -(-pixels // geometry.y_shape[3])

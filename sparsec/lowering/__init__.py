@@ -1,0 +1,112 @@
+"""Lowering: a rewritten ONNX model to a Program, in the phases that `lower` lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from sparsec.lowering.calls import Call, Calls, Ref
+from sparsec.lowering.generic import lower_generic
+from sparsec.lowering.match import constant
+from sparsec.lowering.plan import plan
+from sparsec.lowering.select import RULES, Taken, declare, dims, roofline_us
+from sparsec.program import Layer, Program
+from sparsec.targets import Target
+
+
+def lower(model: ir.Model, target: Target, name: str = "model") -> Program:
+    """A loaded (and rewritten) model to a Program for `target`: match and select, generic rest, memory plan."""
+    calls = Calls()
+    graph = model.graph
+    for value in graph.inputs:
+        declare(calls, value)
+    for item in schedule(graph, target):
+        if isinstance(item, Taken):
+            item.emit(calls)
+        else:
+            _emit_generic(item, calls, target)
+    for value in graph.outputs:
+        declare(calls, value)
+    return plan(name, target, calls, [str(v.name) for v in graph.inputs], [str(v.name) for v in graph.outputs])
+
+
+def schedule(graph: ir.Graph, target: Target) -> list[Taken | list[tuple[ir.Node, str]]]:
+    """What runs, in order: groups with a kernel, and runs of nodes (each with the reason) for the generic route."""
+    position = {node: i for i, node in enumerate(graph)}
+    claimed: set[ir.Node] = set()
+    items: list[tuple[int, Taken | tuple[ir.Node, str]]] = []
+    for node in graph:
+        if node in claimed:
+            continue
+        taken = _first_rule(node, target)
+        if isinstance(taken, Taken):
+            claimed.update(taken.group.nodes)
+            items.append((max(position[n] for n in taken.group.nodes), taken))
+        else:
+            items.append((position[node], (node, taken)))
+    items = [item for item in items if isinstance(item[1], Taken) or item[1][0] not in claimed]
+    ordered: list[Taken | list[tuple[ir.Node, str]]] = []
+    for _, item in sorted(items, key=lambda item: item[0]):
+        if isinstance(item, Taken):
+            ordered.append(item)
+        elif ordered and isinstance(ordered[-1], list):
+            ordered[-1].append(item)
+        else:
+            ordered.append([item])
+    return ordered
+
+
+def _first_rule(node: ir.Node, target: Target) -> Taken | str:
+    refusals = []
+    for rule in RULES:
+        answer = rule(node, target.machine)
+        if isinstance(answer, Taken):
+            return answer
+        if answer:
+            refusals.append(answer)
+    return "; ".join(refusals) or f"no kernel of our own for {node.op_type}"
+
+
+def _emit_generic(items: list[tuple[ir.Node, str]], calls: Calls, target: Target) -> None:
+    """Lower a run of nodes through Relax and add its steps."""
+    nodes = [node for node, _ in items]
+    reasons = {str(node.name): reason for node, reason in items}
+    for node in nodes:
+        for value in (*node.inputs, *node.outputs):
+            if value is not None and value.name:
+                declare(calls, value)
+    region = lower_generic(nodes, target.machine)
+    for name, (shape, dtype) in region.temporaries.items():
+        calls.value(name, shape, dtype)
+    calls.constants.update(region.constants)
+    outputs = {str(v.name): dims(v) for node in nodes for v in node.outputs if v.name}
+    for step in region.steps:
+        for scratch in step.scratch:
+            calls.value(scratch.name, scratch.shape, scratch.dtype)
+        names = (*step.inputs, *step.outputs, *(s.name for s in step.scratch))
+        refs = tuple(calls.ref(n) for n in names)
+        reads = tuple(n for n in step.inputs if n in calls.values)
+        writes = (*step.outputs, *(s.name for s in step.scratch))
+        calls.calls.append(Call(step.kernel, refs, reads, writes, step.tiles, 0, step.nodes))
+        shape = next((outputs[n] for n in step.outputs if n in outputs), ())
+        why = "; ".join(dict.fromkeys(reasons[n] for n in step.nodes if n in reasons))
+        ops = "+".join(node.op_type for node in nodes if node.name in step.nodes)
+        us = roofline_us(target.machine, 4.0 * step.flops, float(step.bytes))
+        calls.layers.append(
+            Layer(step.nodes[0] if step.nodes else "", ops, shape, "generic", step.kernel.name, why, predicted_us=us, nodes=step.nodes)
+        )
+
+
+def generic_share(program: Program) -> float:
+    """Share of the predicted time that the generic route takes, 0..1."""
+    total = sum(layer.predicted_us for layer in program.layers)
+    return sum(layer.predicted_us for layer in program.layers if layer.route == "generic") / total if total else 0.0
+
+
+def generic_layers(program: Program) -> Iterator[Layer]:
+    """Layers without a kernel of our own."""
+    return (layer for layer in program.layers if layer.route == "generic")
+
+
+__all__ = ["Ref", "constant", "generic_layers", "generic_share", "lower", "schedule"]

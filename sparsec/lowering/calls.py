@@ -1,0 +1,93 @@
+"""What selection emits and planning turns into a Program: kernel calls over named values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from sparsec.errors import CheckError
+from sparsec.kernels.base import KernelCall
+from sparsec.program import Kernel, Layer
+
+
+@dataclass(frozen=True)
+class Ref:
+    """An argument before planning: an activation or constant by name, or the worker's scratch; `offset` in bytes."""
+
+    kind: Literal["value", "constant", "scratch"]
+    name: str = ""
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kernel call. `reads` and `writes` are activation names."""
+
+    kernel: Kernel
+    args: tuple[Ref, ...]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    tiles: int
+    scratch: int
+    nodes: tuple[str, ...]
+
+
+@dataclass
+class Calls:
+    """The growing result of selection; one per lowering, never shared."""
+
+    calls: list[Call] = field(default_factory=list)
+    values: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)  # name -> shape, dtype
+    constants: dict[str, np.ndarray] = field(default_factory=dict)
+    views: dict[str, tuple[str, int]] = field(default_factory=dict)  # name -> (value it lies in, byte offset)
+    layers: list[Layer] = field(default_factory=list)
+
+    def value(self, name: str, shape: tuple[int, ...], dtype: str) -> str:
+        """Declare an activation; returns its name."""
+        known = self.values.setdefault(name, (shape, dtype))
+        if known != (shape, dtype):
+            raise CheckError(f"declared as {known[1]}{list(known[0])} and as {dtype}{list(shape)}", name)
+        return name
+
+    def size(self, name: str) -> int:
+        """Bytes of an activation."""
+        shape, dtype = self.values[name]
+        return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+
+    def emit(
+        self,
+        call: KernelCall,
+        bound: dict[str, str],
+        writes: tuple[str, ...],
+        nodes: tuple[str, ...],
+        owner: str,
+        offsets: Mapping[str, int] | None = None,
+    ) -> None:
+        """Add a kernel call. `bound`: a value for each role that is neither constant nor scratch; `writes`: roles.
+
+        `owner` prefixes the names of the call's constants; `offsets`: bytes to add to a role's base.
+        """
+        offsets = offsets or {}
+        args: list[Ref] = []
+        for role in call.roles:
+            if role in call.constants:
+                key = f"{owner}/{role}"
+                held = self.constants.setdefault(key, call.constants[role])
+                if held is not call.constants[role]:
+                    raise CheckError("two constants of one name", key)
+                args.append(Ref("constant", key))
+            elif role == "scratch":
+                args.append(Ref("scratch"))
+            else:
+                args.append(replace(self.ref(bound[role]), offset=offsets.get(role, 0)))
+        reads = tuple(name for role, name in bound.items() if role not in writes and name in self.values)
+        written = tuple(bound[role] for role in writes)
+        kernel = Kernel(call.name, call.func, call.text)
+        self.calls.append(Call(kernel, tuple(args), reads, written, call.tiles, call.scratch, nodes))
+
+    def ref(self, name: str) -> Ref:
+        """An argument for an activation or a graph constant."""
+        return Ref("value", name) if name in self.values else Ref("constant", name)
