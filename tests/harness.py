@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,23 @@ class Library:
             function(*pointers, begin, end)
         for i, room in enumerate(rooms):
             room.check(f"{name}, argument {i}")
+
+
+def run_region(
+    region: Any, feeds: Mapping[str, np.ndarray], outputs: Mapping[str, tuple[tuple[int, ...], str]], splits: int = 3
+) -> dict[str, np.ndarray]:
+    """Run the steps of a `GenericRegion` in order. `outputs`: shape and dtype of every value that steps write."""
+    rooms = {name: Room(array) for name, array in {**region.constants, **feeds}.items()}
+    own = {buffer.name: (buffer.shape, buffer.dtype) for step in region.steps for buffer in step.scratch}
+    for name, (shape, dtype) in {**region.temporaries, **own, **outputs}.items():
+        garbage = np.frombuffer(bytes([_FILL]) * (int(np.prod(shape)) * np.dtype(dtype).itemsize), np.uint8)
+        rooms[name] = Room(garbage.view(dtype).reshape(shape) if dtype != "bool" else np.zeros(shape, bool))
+    kernels = {step.kernel.name: step.kernel for step in region.steps}
+    library = Library(list(kernels.values()))
+    for step in region.steps:
+        names = [*step.inputs, *step.outputs, *(buffer.name for buffer in step.scratch)]
+        library.call(step.kernel.name, [rooms[name] for name in names], step.tiles, splits)
+    return {name: rooms[name].array for name in outputs}
 
 
 def run_kernel(
