@@ -1,0 +1,97 @@
+"""`ort`: ONNX Runtime on the CPU, the reference. The one module of ours that opens ONNX Runtime sessions for users."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsec.data import InputSpec
+from sparsec.errors import ModelError, RuntimeUnavailable
+from sparsec.runtimes.base import Arrays, Compiled, Runtime, Session, Stats
+
+_NUMPY = {"float": "float32", "double": "float64"}  # ONNX Runtime's words where they differ from NumPy's
+
+
+class OrtSession(Session):
+    """A model in ONNX Runtime with `threads` threads inside an operator and one between operators.
+
+    Workers stop spinning when a run ends, so that a runtime measured in between is not slowed down.
+    """
+
+    interleaves = True
+
+    def __init__(self, model: bytes | str | Path, threads: int = 1, where: str = "", optimize: bool = True) -> None:
+        try:
+            import onnxruntime as ort
+        except ImportError as error:
+            raise RuntimeUnavailable("ONNX Runtime is missing: pip install onnxruntime", "ort") from error
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self._where = where or (str(model) if not isinstance(model, bytes) else "model")
+        source = model if isinstance(model, bytes) else str(model)
+        try:
+            self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # pybind classes without a common base
+            raise ModelError(f"ONNX Runtime does not load it: {_line(error)}", self._where) from error
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """Inputs; a symbolic dimension is 1."""
+        return tuple(_spec(node) for node in self._session.get_inputs())
+
+    @property
+    def outputs(self) -> list[str]:
+        """Output names in order."""
+        return list(self._outputs)
+
+    def run(self, inputs: Arrays) -> Arrays:
+        try:
+            return dict(zip(self._outputs, self._session.run(None, inputs), strict=True))
+        except Exception as error:  # pybind classes without a common base
+            raise ModelError(f"ONNX Runtime fails: {_line(error)}", self._where) from error
+
+    def once(self, inputs: Arrays) -> Callable[[], object]:
+        self.run(inputs)  # errors with their text, not in the middle of a measurement
+        session = self._session
+        return lambda: session.run(None, inputs)
+
+    def time(self, inputs: Arrays, runs: int, warmup: int = 1) -> Stats:
+        call = self.once(inputs)
+        seconds = []
+        for i in range(-warmup, runs):
+            start = time.perf_counter()
+            call()
+            if i >= 0:
+                seconds.append(time.perf_counter() - start)
+        return Stats.of(seconds)
+
+
+def _spec(node: Any) -> InputSpec:
+    kind = node.type.removeprefix("tensor(").removesuffix(")")
+    shape = tuple(dim if isinstance(dim, int) else 1 for dim in node.shape)
+    return InputSpec(node.name, shape, np.dtype(_NUMPY.get(kind, kind)).name)
+
+
+def _line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+class Ort(Runtime):
+    """ONNX Runtime on the artifact's model.onnx."""
+
+    name = "ort"
+
+    def open(self, artifact: Compiled, threads: int | None = None) -> OrtSession:
+        path = artifact.path / "model.onnx"
+        return OrtSession(path, threads or artifact.manifest["threads"], where=str(path))
