@@ -1,0 +1,299 @@
+"""Evaluate what does not depend on the inputs, and know the shape and type of every value.
+
+One walk in topological order. For a node `y = f(x_1, ..., x_k)`:
+
+    f = Shape, Size and shape(x_1) static            y becomes the constant shape(x_1)
+    f = If and its condition is constant             the branch taken replaces the node
+    every x_i constant                               y becomes the constant f(x_1, ..., x_k), computed by ONNX Runtime
+    otherwise                                        shape(y), type(y) are inferred, constants among the x_i included
+
+so that shape arithmetic of any depth folds in one walk once the input shapes are fixed. Constant nodes become
+initializers; nodes and initializers that nothing reads disappear.
+
+Never folded: random operators; results much larger than what they are made from (`GROWTH_BYTES`); a DequantizeLinear
+of a weight whose reader also reads dequantized activations (that is a quantized layer, its meaning lies in the QDQ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+from onnx_ir.passes import common
+
+from sparsec.errors import ModelError
+from sparsec.passes_api import Context, Pass, PassResult
+
+GROWTH_BYTES = 1 << 24  # a folded result may be this much larger than its inputs together
+DATA_ELEMENTS = 1024  # constants up to here take part in shape inference (shapes, axes, pads, sizes)
+RANDOM = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+)
+
+
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Evaluate constant subgraphs and shape arithmetic; infer every shape."""
+
+    name: ClassVar[str] = "fold-constants"
+    exact: ClassVar[bool] = True
+
+    def call(self, model: ir.Model) -> PassResult:
+        before = [node.op_type for node in model.graph]
+        folded = _Walk(model).run()
+        common.RemoveUnusedNodesPass()(model)
+        remove_unused_initializers(model.graph)
+        after = [node.op_type for node in model.graph]
+        modified = folded > 0 or before != after
+        if modified:
+            Context.of(model).records.append({"folded": folded, "nodes_before": len(before), "nodes_after": len(after)})
+        return PassResult(model, modified)
+
+
+def remove_unused_initializers(graph: ir.Graph) -> int:
+    """Drop initializers that no node reads and that are no outputs; how many were dropped."""
+    unused = [n for n, v in graph.initializers.items() if not v.uses() and not v.is_graph_output()]
+    for name in unused:
+        del graph.initializers[name]
+    return len(unused)
+
+
+def static_shape(value: ir.Value) -> tuple[int, ...] | None:
+    """The value's shape if all of it is known."""
+    if value.shape is None or not value.shape.is_static():
+        return None
+    return tuple(int(d) for d in value.shape.dims)
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """The array of an initializer, None for anything else."""
+    if value is None or value.const_value is None or value.is_graph_input():
+        return None
+    return value.const_value.numpy()
+
+
+def make_constant(graph: ir.Graph, old: ir.Value, array: np.ndarray) -> None:
+    """Give `old` (a node's output) the constant value `array`: its readers read an initializer of the same name.
+
+    A constant graph output stays computed by an Identity of the initializer: an output needs a node.
+    """
+    name, node = str(old.name), old.producer()
+    is_output = old.is_graph_output()
+    new_name = f"{name}__value" if is_output else name
+    tensor = ir.tensor(np.asarray(array, order="C"), name=new_name)
+    new = ir.Value(name=new_name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    old.name = f"{name}__folded"
+    if is_output:
+        holder = ir.node("Identity", [new], name=f"{node.name}__constant")
+        holder.outputs[0].name, holder.outputs[0].shape, holder.outputs[0].type = name, new.shape, new.type
+        graph.insert_before(node, holder)
+        for index, output in enumerate(graph.outputs):
+            if output is old:
+                graph.outputs[index] = holder.outputs[0]
+    old.replace_all_uses_with(new)
+    graph.register_initializer(new)
+
+
+class _Walk:
+    def __init__(self, model: ir.Model) -> None:
+        self.graph = model.graph
+        self.opsets = dict(model.opset_imports)
+        self.ir_version = model.ir_version
+
+    def run(self) -> int:
+        folded = 0
+        pending = list(reversed(self.graph))
+        while pending:
+            node = pending.pop()
+            branch = self._taken_branch(node)
+            if branch is not None:
+                pending.extend(reversed(_inline_branch(self.graph, node, branch)))
+                folded += 1
+                continue
+            if self._fold(node):
+                folded += 1
+        return folded
+
+    def _fold(self, node: ir.Node) -> bool:
+        if node.domain not in ("", "ai.onnx"):
+            return False
+        values = self._evaluate(node)
+        if values is None:
+            return False
+        for output, array in zip(node.outputs, values, strict=True):
+            if array is not None and output.name:
+                make_constant(self.graph, output, array)
+        self.graph.remove(node, safe=True)
+        return True
+
+    def _evaluate(self, node: ir.Node) -> Sequence[np.ndarray | None] | None:
+        if node.op_type == "Constant":
+            return [_constant_node(node)]
+        if node.op_type in ("Shape", "Size"):
+            shape = static_shape(node.inputs[0])
+            if shape is not None:
+                return [_shape_of(node, shape)]
+        if has_subgraph(node):
+            return None
+        self._infer(node)
+        inputs = [x for x in node.inputs if x is not None]
+        if any(constant(x) is None for x in inputs) or node.op_type in RANDOM or _is_quantized_weight(node):
+            return None
+        return self._compute(node, inputs)
+
+    def _taken_branch(self, node: ir.Node) -> ir.Graph | None:
+        if node.op_type != "If" or node.domain not in ("", "ai.onnx"):
+            return None
+        condition = constant(node.inputs[0])
+        if condition is None:
+            return None
+        return node.attributes["then_branch" if condition.reshape(-1)[0] else "else_branch"].as_graph()
+
+    def _infer(self, node: ir.Node) -> None:
+        inputs = {x.name: x for x in node.inputs if x is not None}
+        types = {name: _type_proto(x) for name, x in inputs.items()}
+        if any(t is None for t in types.values()):
+            return
+        data = {}
+        for name, x in inputs.items():
+            if x.const_value is not None and not x.is_graph_input() and x.const_value.size <= DATA_ELEMENTS:
+                data[name] = ir.to_proto(x.const_value)
+        opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in self.opsets.items()]
+        try:
+            schema = onnx.defs.get_schema(node.op_type, self.opsets[node.domain], node.domain)
+            inferred = onnx.shape_inference.infer_node_outputs(
+                schema, ir.to_proto(node), types, data, opset_imports=opsets, ir_version=self.ir_version
+            )
+        except onnx.shape_inference.InferenceError as error:
+            text = " ".join(str(error).split())
+            raise ModelError(f"{node.op_type} does not fit its inputs: {text[:300]}", f"node {node.name!r}") from error
+        except (onnx.defs.SchemaError, KeyError):
+            return
+        for output in node.outputs:
+            if output.name in inferred:
+                proto = inferred[output.name]
+                output.type = ir.serde.deserialize_type_proto_for_type(proto) or output.type
+                output.shape = ir.serde.deserialize_type_proto_for_shape(proto) or output.shape
+
+    def _compute(self, node: ir.Node, inputs: list[ir.Value]) -> list[np.ndarray | None] | None:
+        have = sum(x.const_value.nbytes for x in inputs)
+        for output in node.outputs:
+            shape = static_shape(output)
+            if output.name and shape is not None and output.dtype is not None:
+                if np.prod(shape, dtype=object) * output.dtype.bitwidth / 8 > have + GROWTH_BYTES:
+                    return None
+            elif output.name and node.op_type in ("ConstantOfShape", "Expand", "Tile", "Range"):
+                return None
+        wanted = [y for y in node.outputs if y.name and (y.uses() or y.is_graph_output())]
+        if not wanted:
+            return None
+        unique = list({x.name: x for x in inputs}.values())
+        graph = onnx.helper.make_graph(
+            [ir.to_proto(node)],
+            "constant",
+            [onnx.helper.make_value_info(x.name, _type_proto(x)) for x in unique],
+            [onnx.helper.make_empty_tensor_value_info(y.name) for y in wanted],
+        )
+        opsets = [onnx.helper.make_opsetid(d, v) for d, v in self.opsets.items() if d in ("", node.domain)]
+        model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=self.ir_version)
+        try:
+            session = quiet_session(model.SerializeToString())
+            results = session.run(None, {x.name: x.const_value.numpy() for x in unique})
+        except Exception:  # no such kernel or element type in ONNX Runtime: the node stays, lowering decides
+            return None
+        if not all(isinstance(r, np.ndarray) for r in results):
+            return None
+        by_name = {y.name: r for y, r in zip(wanted, results, strict=True)}
+        return [by_name.get(y.name) for y in node.outputs]
+
+
+def quiet_session(data: bytes, optimize: bool = False) -> ort.InferenceSession:
+    """A one-thread CPU session without log output."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def has_subgraph(node: ir.Node) -> bool:
+    """Whether the node holds a graph (If, Loop, Scan)."""
+    kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    return any(a.type in kinds for a in node.attributes.values())
+
+
+def _type_proto(value: ir.Value) -> onnx.TypeProto | None:
+    if value.type is None:
+        return None
+    proto = ir.serde.serialize_type(value.type)
+    if value.shape is not None:
+        ir.serde.serialize_shape_into(proto, value.shape)
+    return proto
+
+
+def _constant_node(node: ir.Node) -> np.ndarray | None:
+    ((key, attribute),) = node.attributes.items()
+    if key == "value":
+        return attribute.as_tensor().numpy()
+    if key in ("value_float", "value_floats"):
+        return np.array(attribute.value, dtype=np.float32)
+    if key in ("value_int", "value_ints"):
+        return np.array(attribute.value, dtype=np.int64)
+    raise ModelError(f"Constant with {key} is not supported, only numbers are", f"node {node.name!r}")
+
+
+def _shape_of(node: ir.Node, shape: tuple[int, ...]) -> np.ndarray:
+    if node.op_type == "Size":
+        return np.array(np.prod(shape, dtype=np.int64), dtype=np.int64)
+    rank = len(shape)
+    start = node.attributes.get_int("start", 0)
+    end = node.attributes.get_int("end", rank)
+    start, end = (max(0, min(rank, d + rank if d < 0 else d)) for d in (start, end))
+    return np.array(shape[start:end], dtype=np.int64)
+
+
+def _is_quantized_weight(node: ir.Node) -> bool:
+    if node.op_type != "DequantizeLinear":
+        return False
+    for user, _ in node.outputs[0].uses():
+        for x in user.inputs:
+            producer = x.producer() if x is not None else None
+            if x is node.outputs[0] or producer is None or producer.op_type != "DequantizeLinear":
+                continue
+            if constant(producer.inputs[0]) is None:
+                return True
+    return False
+
+
+def _inline_branch(graph: ir.Graph, node: ir.Node, branch: ir.Graph) -> list[ir.Node]:
+    """Move the branch's nodes in front of `node`, which disappears; the moved nodes."""
+    prefix = f"{node.name}/"
+    outputs = list(branch.outputs)
+    for value in list(branch.initializers.values()):
+        del branch.initializers[value.name]
+        value.name = prefix + value.name
+        graph.register_initializer(value)
+    moved = list(branch)
+    branch.remove(moved)
+    branch.outputs.clear()
+    for inner in moved:
+        inner.name = prefix + (inner.name or inner.op_type)
+        for value in inner.outputs:
+            if value.name:
+                value.name = prefix + value.name
+    links = [ir.node("Identity", [y], name=f"{prefix}output_{i}") for i, y in enumerate(outputs)]
+    for link, old in zip(links, node.outputs, strict=True):
+        link.outputs[0].name, link.outputs[0].shape, link.outputs[0].type = old.name, old.shape, old.type
+    graph.insert_before(node, moved + links)
+    for link, old in zip(links, node.outputs, strict=True):
+        old.name = f"{old.name}__if"
+        old.replace_all_uses_with(link.outputs[0], replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    return moved + links

@@ -1,0 +1,190 @@
+"""Prune weights by magnitude: unstructured, in RxC blocks, or N of M along the input axis.
+
+A block b of a layer's weight W[OC, IC, KH, KW] holds |b| weights (a ragged last block holds fewer); its importance is
+
+    s(b) = (1/|b|) * sum over w in b of w^2
+
+Blocks are zeroed in ascending order of s (ties: graph order, then row-major order) until zeros are the asked share of
+all weights, those counted that were zero before:
+
+    layer    zeros(W) = sparsity * |W| in every matched layer, what rounding to a block left carried to the next layer
+    global   over all matched layers together, each keeping at least `floor` of its blocks, the most important ones
+    N:M      of M consecutive weights along IC at one kernel position the N largest |w| stay (a ragged rest keeps <= N)
+
+The total misses sparsity * sum |W| by at most half a block, unless there were more zeros before. Pruning what is
+already pruned changes nothing, because zero blocks come first and add no zero. Never changed: shapes, biases, layers that do not match.
+
+Magnitude pruning: Han et al. 2015, arXiv:1506.02626. Blocks: Gray et al. 2017, "GPU kernels for block-sparse weights".
+N:M: Mishra et al. 2021, arXiv:2104.08378. Layer collapse: Tanaka et al. 2020, arXiv:2006.05467.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+from sparsec.passes.layers import WEIGHTED, WeightedLayer, block_sums, parse_block, select_layers, spread_blocks
+
+from sparsec.errors import RecipeError
+from sparsec.passes_api import Context, Pass, PassResult
+
+
+@dataclass(frozen=True)
+class Prune(Pass):
+    """Zero the least important weights, by magnitude: unstructured, RxC blocks or N:M.
+
+    `sparsity`: zero share over the matched layers together (default 0.5). `block`: output x input channels. `nm`: N:M
+    instead of `sparsity` and `block`. `floor`: share of its blocks that each layer keeps under scope=global.
+    `include`, `exclude`: globs over node names. `types`: operators considered.
+    """
+
+    name: ClassVar[str] = "prune"
+
+    sparsity: float | None = None
+    block: str = "1x1"
+    nm: str = ""
+    scope: Literal["layer", "global"] = "layer"
+    floor: float = 0.05
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    types: tuple[str, ...] = WEIGHTED
+
+    def __post_init__(self) -> None:
+        if self.sparsity is not None and not 0 <= self.sparsity <= 1:
+            raise RecipeError(f"prune: sparsity is a share from 0 to 1, got {self.sparsity}")
+        if not 0 <= self.floor <= 1:
+            raise RecipeError(f"prune: floor is a share from 0 to 1, got {self.floor}")
+        if self.scope not in ("layer", "global"):
+            raise RecipeError(f"prune: scope must be layer or global, got {self.scope!r}")
+        try:
+            parse_block(self.block)
+        except ValueError:
+            expected = "RxC (output x input channels), such as 4x1"
+            raise RecipeError(f"prune: block must be {expected}, got {self.block!r}") from None
+        if self.nm:
+            _parse_nm(self.nm)
+            if self.block != "1x1" or self.sparsity is not None:
+                raise RecipeError("prune: nm fixes the pattern and the share; give it without block and sparsity")
+        unknown = [t for t in self.types if t not in WEIGHTED]
+        if unknown or not self.types:
+            raise RecipeError(f"prune: types must be some of {'+'.join(WEIGHTED)}, got {'+'.join(self.types)!r}")
+
+    def call(self, model: ir.Model) -> PassResult:
+        selection = select_layers(model, self.include, self.exclude, self.types)
+        selection.require()
+        layers = selection.layers
+        if self.nm:
+            keep, group = _parse_nm(self.nm)
+            masks = [n_of_m_mask(layer.read(), keep, group) for layer in layers]
+        else:
+            masks = self._block_masks(layers)
+        context = Context.of(model)
+        modified = False
+        for index, (layer, mask) in enumerate(zip(layers, masks, strict=True)):
+            modified |= _apply(layer, mask, context)
+            context.tell(f"prune {layer.name}", index + 1, len(layers))
+        return PassResult(model, modified)
+
+    def _block_masks(self, layers: Sequence[WeightedLayer]) -> list[np.ndarray]:
+        rows, columns = parse_block(self.block)
+        sparsity = 0.5 if self.sparsity is None else self.sparsity
+        grids = [_grid(layer.read(), rows, columns) for layer in layers]
+        if self.scope == "layer":
+            kept = _keep_by_layer(grids, sparsity)
+        else:
+            kept = _keep_globally(grids, sparsity, self.floor)
+        blocks = [k.reshape(grid.shape) for k, grid in zip(kept, grids, strict=True)]
+        return [spread_blocks(b, rows, columns, layer.shape) for b, layer in zip(blocks, layers, strict=True)]
+
+
+def _parse_nm(text: str) -> tuple[int, int]:
+    keep, _, group = text.partition(":")
+    if not (keep.isdigit() and group.isdigit() and 0 < int(keep) < int(group)):
+        raise RecipeError(f"prune: nm must be N:M with 0 < N < M, such as 2:4, got {text!r}")
+    return int(keep), int(group)
+
+
+def n_of_m_mask(oihw: np.ndarray, keep: int, group: int) -> np.ndarray:
+    """True where the weight is among the `keep` largest |w| of its `group` consecutive input channels (ties: first)."""
+    oc, ic, kh, kw = oihw.shape
+    groups = -(-ic // group)
+    padded = np.full((oc, groups * group, kh, kw), -1.0)
+    padded[:, :ic] = np.abs(oihw)
+    rank = np.argsort(np.argsort(-padded.reshape(oc, groups, group, kh, kw), axis=2, kind="stable"), axis=2)
+    return (rank < keep).reshape(padded.shape)[:, :ic]
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """One layer's blocks in row-major order."""
+
+    shape: tuple[int, ...]  # of the block grid
+    weights: int
+    score: np.ndarray  # importance of each block
+    nonzeros: np.ndarray  # of each block: the zeros that zeroing it adds
+
+
+def _grid(weight: np.ndarray, rows: int, columns: int) -> _Grid:
+    size = block_sums(np.ones(weight.shape, np.int64), rows, columns)
+    score = block_sums(np.square(weight, dtype=np.float64), rows, columns) / size
+    nonzeros = block_sums((weight != 0).astype(np.int64), rows, columns)
+    return _Grid(score.shape, weight.size, score.reshape(-1), nonzeros.reshape(-1))
+
+
+def _prefix(nonzeros: np.ndarray, more: float) -> int:
+    """How many of the ordered blocks to zero for the number of new zeros nearest to `more`; the fewest on a tie."""
+    sums = np.concatenate(([0], np.cumsum(nonzeros)))
+    return int(np.argmin(np.abs(sums - more)))
+
+
+def _keep_by_layer(grids: Sequence[_Grid], sparsity: float) -> list[np.ndarray]:
+    kept, carry = [], 0.0
+    for grid in grids:
+        order = np.argsort(grid.score, kind="stable")
+        ordered = grid.nonzeros[order]
+        more = sparsity * grid.weights + carry - (grid.weights - int(ordered.sum()))
+        count = _prefix(ordered, more)
+        block = int(ordered.max())  # a layer with too many zeros does not make the next one denser
+        carry = float(np.clip(more - int(ordered[:count].sum()), -block, block))
+        keep = np.ones(order.size, bool)
+        keep[order[:count]] = False
+        kept.append(keep)
+    return kept
+
+
+def _keep_globally(grids: Sequence[_Grid], sparsity: float, floor: float) -> list[np.ndarray]:
+    free = []  # of each layer: indices of the blocks that may be zeroed, all but the `floor` most important
+    for grid in grids:
+        order = np.argsort(grid.score, kind="stable")
+        free.append(np.sort(order[: order.size - int(np.ceil(floor * order.size))]))
+    score = np.concatenate([g.score[f] for g, f in zip(grids, free, strict=True)])
+    nonzeros = np.concatenate([g.nonzeros[f] for g, f in zip(grids, free, strict=True)])
+    total = sum(g.weights for g in grids)
+    zeros = total - sum(int(g.nonzeros.sum()) for g in grids)
+    more = sparsity * total - zeros
+    if int(nonzeros.sum()) + max(int(g.nonzeros.max()) for g in grids) < more:
+        most = (zeros + int(nonzeros.sum())) / total
+        raise RecipeError(f"prune: floor={floor} allows at most sparsity={most:.3f}, got {sparsity}; lower the floor")
+    order = np.argsort(score, kind="stable")
+    zeroed = np.zeros(score.size, bool)
+    zeroed[order[: _prefix(nonzeros[order], more)]] = True
+    kept, start = [], 0
+    for grid, f in zip(grids, free, strict=True):
+        keep = np.ones(grid.score.size, bool)
+        keep[f[zeroed[start : start + f.size]]] = False
+        start += f.size
+        kept.append(keep)
+    return kept
+
+
+def _apply(layer: WeightedLayer, mask: np.ndarray, context: Context) -> bool:
+    weight = layer.read()
+    changed = bool(np.any(weight[~mask] != 0))
+    if changed:
+        layer.write(np.where(mask, weight, np.zeros((), weight.dtype)))
+    zeros = layer.size - int(np.count_nonzero(layer.read()))
+    context.records.append({"layer": layer.name, "weights": layer.size, "zeros": zeros, "changed": changed})
+    return changed

@@ -1,0 +1,364 @@
+"""load: a model file to a checked, normalised `onnx_ir.Model` at one working opset with static shapes.
+
+The line: read (sparsec.reading) -> inline functions -> refuse what is not plain ONNX -> upgrade to `OPSET` -> name the
+nodes -> fix input shapes, bind inputs -> the passes of `NORMALISE`, in this order -> check that every value has a
+static shape and a type. Deterministic; weights keep their values except where BatchNorm is folded into them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import version_converter
+from onnx_ir.passes import common
+
+from sparsec.errors import ModelError, SparsecError, UnsupportedError, UsageError
+from sparsec.passes import ExplicitPads, FoldBatchNorm, FoldConstants, RemoveNoOps
+from sparsec.passes.fold_constants import has_subgraph, remove_unused_initializers, static_shape
+from sparsec.passes_api import META_KEY, Pass
+from sparsec.reading import check_proto, read_proto
+from sparsec.targets import suggest
+
+OPSET = 21  # what passes and lowering see; ONNX Runtime >= 1.20 runs it
+IR_VERSION = 10  # of opset 21
+
+# Shapes first (the others need them); again at the end, since folding may leave constants to fold.
+NORMALISE: tuple[Pass, ...] = (FoldConstants(), RemoveNoOps(), ExplicitPads(), FoldBatchNorm(), FoldConstants())
+
+STANDARD_DOMAINS = ("", "ai.onnx")
+LISTED = 20  # unsupported things named in one message; the rest are counted
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def load_model(
+    source: str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model,
+    shapes: Shapes | None = None,
+    bind: Mapping[str, Any] | None = None,
+    notes: list[str] | None = None,
+) -> ir.Model:
+    """The model, checked and normalised; the caller's object is left alone.
+
+    `shapes`: input name -> full shape. `bind`: input name -> value (number, sequence, array or text such as "16000" or
+    "0.5+1"), fixed as a constant. `notes` receives one line for everything a user should be told, such as a symbolic
+    batch that became 1. Raises ModelError (damaged or invalid), UnsupportedError (lists everything at once), UsageError
+    (a shape or bound value that does not fit).
+    """
+    notes = notes if notes is not None else []
+    if isinstance(source, ir.Model):
+        source = ir.to_proto(source)
+    where = os.path.basename(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "model"
+    proto = _upgrade(_inline(read_proto(source), where), where)
+    try:
+        model = ir.from_proto(proto)
+    except Exception as error:
+        raise ModelError(f"cannot be read: {' '.join(str(error).split())[:300]}", where) from error
+    _name_nodes(model.graph)
+    _drop_initializer_inputs(model.graph, bind or {}, notes)
+    _fix_shapes(model.graph, dict(shapes or {}), dict(bind or {}), where, notes)
+    _forget_inferred_shapes(model.graph)
+    normalise(model)
+    _refuse_unfinished(model, where)
+    _tidy(model)
+    check_proto(ir.to_proto(model), where)
+    return model
+
+
+def normalise(model: ir.Model) -> None:
+    """Run `NORMALISE` in place."""
+    for step in NORMALISE:
+        step(model)
+    common.RemoveUnusedNodesPass()(model)
+    remove_unused_initializers(model.graph)
+    common.TopologicalSortPass()(model)
+    model.meta.pop(META_KEY, None)
+
+
+# ---- opset
+
+
+def _inline(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
+    if proto.functions:
+        try:
+            proto = onnx.inliner.inline_local_functions(proto)
+        except Exception as error:
+            raise ModelError(f"its functions cannot be inlined: {' '.join(str(error).split())[:300]}", where) from error
+    problems = [
+        f"{node.op_type} {node.name!r} of domain {node.domain!r}"
+        for node in _all_nodes(proto.graph)
+        if node.domain not in STANDARD_DOMAINS
+    ]
+    if problems:
+        raise UnsupportedError(f"only standard ONNX operators are supported: {_listed(problems)}", where)
+    return proto
+
+
+def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _all_nodes(attribute.g)
+            for inner in attribute.graphs:
+                yield from _all_nodes(inner)
+
+
+def _upgrade(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
+    versions = [o.version for o in proto.opset_import if o.domain in STANDARD_DOMAINS]
+    version = max(versions, default=1)
+    if version < OPSET:
+        try:
+            proto = version_converter.convert_version(proto, OPSET)
+        except Exception as error:
+            text = " ".join(str(error).split())[:300]
+            what = f"cannot be upgraded from opset {version} to {OPSET}: {text}"
+            raise UnsupportedError(f"{what}; export it again at opset 18 or later", where) from error
+    elif version > OPSET:
+        newer = sorted({_newer(n, version) for n in _all_nodes(proto.graph)} - {""})
+        if newer:
+            what = f"opset {version} is newer than {OPSET}, and these operators changed since: {_listed(newer)}"
+            raise UnsupportedError(f"{what}; export it again at opset {OPSET} or earlier", where)
+    del proto.opset_import[:]
+    proto.opset_import.append(onnx.helper.make_opsetid("", OPSET))
+    proto.ir_version = IR_VERSION
+    return proto
+
+
+def _newer(node: onnx.NodeProto, version: int) -> str:
+    """The operator's name if the node means something at `version` that it does not at `OPSET`.
+
+    A newer operator version that only widened its types, or added attributes and inputs the node does not use, is the
+    same operator.
+    """
+    try:
+        new = onnx.defs.get_schema(node.op_type, version, "")
+        old = onnx.defs.get_schema(node.op_type, OPSET, "")
+    except onnx.defs.SchemaError:
+        return node.op_type
+    if new.since_version == old.since_version:
+        return ""
+    used = {a.name for a in node.attribute}
+    same_attributes = all(
+        name in new.attributes and _default(new.attributes[name]) == _default(attribute)
+        for name, attribute in old.attributes.items()
+    )
+    same_inputs = [i.name for i in new.inputs][: len(old.inputs)] == [i.name for i in old.inputs]
+    fits = (
+        len(node.input) <= max(old.max_input, 0) and len(node.output) <= old.max_output and used <= set(old.attributes)
+    )
+    return "" if same_attributes and same_inputs and fits else node.op_type
+
+
+def _default(attribute: onnx.defs.OpSchema.Attribute) -> tuple[Any, ...]:
+    return attribute.type, attribute.required, attribute.default_value.SerializeToString()
+
+
+# ---- names, inputs and shapes
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Every node gets a unique name; missing ones are `OPERATOR_INDEX`, the index counting nodes of the file."""
+    taken = {node.name for node in graph if node.name}
+    seen: set[str] = set()
+    for index, node in enumerate(graph):
+        name = node.name or f"{node.op_type}_{index}"
+        if node.name in seen or (not node.name and name in taken):
+            base, count = name, 1
+            while name in taken:
+                name, count = f"{base}_{count}", count + 1
+        taken.add(name)
+        seen.add(name)
+        node.name = name
+
+
+def _drop_initializer_inputs(graph: ir.Graph, bind: Mapping[str, Any], notes: list[str]) -> None:
+    """Inputs with a default value are constants, unless the user gives a shape or value for them."""
+    defaulted = [v for v in graph.inputs if v.is_initializer()]
+    for value in defaulted:
+        graph.inputs.remove(value)
+        if value.name in bind:
+            del graph.initializers[value.name]
+            graph.inputs.append(value)
+    used = [v.name for v in defaulted if v.uses() and v.name not in bind]
+    if used and len(used) < len(defaulted) + 1 and not any(v in graph.inputs for v in defaulted):
+        notes.append(f"{len(used)} inputs have default values and became constants")
+
+
+def _dims(value: ir.Value) -> list[int | str | None] | None:
+    if value.shape is None:
+        return None
+    return [int(d) if isinstance(d, int) else d.value for d in value.shape.dims]
+
+
+def _fix_shapes(graph: ir.Graph, shapes: dict[str, Any], bind: dict[str, Any], where: str, notes: list[str]) -> None:
+    names = [str(v.name) for v in graph.inputs]
+    for option, given in (("--shape", shapes), ("--bind", bind)):
+        for name in given:
+            if name not in names:
+                raise UsageError(f"the model has no input {name!r}{suggest(str(name), names)}", option)
+    _refuse_types(graph, where)
+    symbols = _symbols(graph, shapes, bind, notes)
+    problems = []
+    for value in graph.inputs:
+        dims = _dims(value)
+        if value.name in shapes or value.name in bind:
+            continue
+        if dims is None:
+            problems.append(f"input {value.name!r} has no shape: give --shape {value.name}:1x3x224x224")
+            continue
+        fixed = [symbols.get(d, d) if isinstance(d, str) else d for d in dims]
+        if fixed and not isinstance(fixed[0], int):
+            fixed[0] = 1
+            notes.append(f"input {value.name!r}: batch {_dim_text(dims[0])} became 1")
+        if all(isinstance(d, int) and d > 0 for d in fixed):
+            value.shape = ir.Shape(fixed)
+            continue
+        open_dims = ", ".join(f"dimension {i} is {_dim_text(d)}" for i, d in enumerate(fixed) if not _is_size(d))
+        example = "x".join(str(d) if _is_size(d) else "N" for d in fixed)
+        problems.append(f"input {value.name!r}: {open_dims}; give --shape {value.name}:{example} with a number for N")
+    if problems:
+        raise UnsupportedError(f"every shape must be fixed at compile time: {_listed(problems)}", where)
+    for name, given in bind.items():
+        _bind(graph, next(v for v in graph.inputs if v.name == name), given)
+
+
+def _is_size(dim: int | str | None) -> bool:
+    return isinstance(dim, int) and dim > 0
+
+
+def _dim_text(dim: int | str | None) -> str:
+    return f"symbolic ({dim})" if isinstance(dim, str) and dim else "symbolic" if not isinstance(dim, int) else str(dim)
+
+
+def _symbols(graph: ir.Graph, shapes: dict[str, Any], bind: dict[str, Any], notes: list[str]) -> dict[str, int]:
+    """Sizes of named dimensions: what `shapes` say, then 1 for every name that leads an input (a batch)."""
+    symbols: dict[str, int] = {}
+    for value in graph.inputs:
+        dims = _dims(value)
+        if value.name not in shapes:
+            continue
+        shape = tuple(int(d) for d in shapes[value.name])
+        declared = "x".join("?" if not isinstance(d, int) else str(d) for d in dims) if dims is not None else "any"
+        wrong = any(d < 1 for d in shape) or (dims is not None and len(dims) != len(shape))
+        if not wrong and dims is not None:
+            for dim, size in zip(dims, shape, strict=True):
+                if isinstance(dim, int) and dim > 0:
+                    wrong |= dim != size
+                elif isinstance(dim, str) and symbols.setdefault(dim, size) != size:
+                    text = f"{dim} cannot be {symbols[dim]} and {size} at once"
+                    raise UsageError(text, f"--shape {value.name}")
+        if wrong:
+            text = f"input {value.name!r} is {declared}, got {'x'.join(map(str, shape))}"
+            raise UsageError(f"{text}; symbolic dimensions (?) may be chosen, the others are fixed", "--shape")
+        value.shape = ir.Shape(shape)
+    for value in graph.inputs:
+        dims = _dims(value)
+        if dims and isinstance(dims[0], str) and value.name not in bind and dims[0] not in symbols:
+            symbols[dims[0]] = 1
+            notes.append(f"input {value.name!r}: batch {_dim_text(dims[0])} became 1")
+    return symbols
+
+
+def _bind(graph: ir.Graph, value: ir.Value, given: Any) -> None:
+    option = f"--bind {value.name}"
+    dtype = value.dtype.numpy()
+    try:
+        if isinstance(given, str):
+            given = [float(p) if not p.strip().lstrip("+-").isdigit() else int(p) for p in given.split("+") if p != ""]
+            given = given[0] if len(given) == 1 else given
+        array = np.asarray(given)
+        if array.dtype.kind not in "biuf":
+            raise ValueError(given)
+    except (TypeError, ValueError):
+        raise UsageError(f"expected numbers of type {dtype}, got {given!r}", option) from None
+    if np.issubdtype(dtype, np.integer) and not np.array_equal(array, np.asarray(array).astype(dtype)):
+        raise UsageError(f"expected whole numbers of type {dtype}, got {given!r}", option)
+    dims = _dims(value)
+    if dims is not None and array.size == 1 and all(_is_size(d) for d in dims):
+        array = np.full(dims, array.reshape(-1)[0])
+    fits = dims is None or (
+        len(dims) == array.ndim and all(not _is_size(d) or d == s for d, s in zip(dims, array.shape, strict=True))
+    )
+    if not fits and dims is not None and all(_is_size(d) for d in dims) and array.size == np.prod(dims, dtype=np.int64):
+        array, fits = array.reshape(dims), True
+    if not fits:
+        raise UsageError(f"the input has shape {dims}, got a value of shape {list(array.shape)}", option)
+    tensor = ir.tensor(np.asarray(array.astype(dtype), order="C"), name=value.name)
+    graph.inputs.remove(value)
+    value.shape, value.const_value = ir.Shape(array.shape), tensor
+    graph.register_initializer(value)
+
+
+def _forget_inferred_shapes(graph: ir.Graph) -> None:
+    """Declared shapes of intermediate values may hold the batch of the export; they are inferred anew."""
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        for value in node.outputs:
+            value.shape = None
+
+
+# ---- what cannot be compiled
+
+
+def _listed(problems: list[str]) -> str:
+    more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+    return "; ".join(problems[:LISTED]) + more
+
+
+def _refuse_types(graph: ir.Graph, where: str) -> None:
+    problems = []
+    for value in (*graph.inputs, *graph.outputs):
+        if value.type is not None and (not isinstance(value.type, ir.TensorType) or value.dtype == ir.DataType.STRING):
+            problems.append(f"{value.name!r} is {value.type}")
+    if problems:
+        raise UnsupportedError(f"inputs and outputs must be tensors of numbers: {_listed(problems)}", where)
+
+
+def _refuse_unfinished(model: ir.Model, where: str) -> None:
+    problems = []
+    for node in model.graph:
+        what = f"{node.op_type} {node.name!r}"
+        if has_subgraph(node):
+            problems.append(f"{what}: control flow that depends on the input (--bind may fix an input)")
+            continue
+        for value in node.outputs:
+            if not value.name:
+                continue
+            if value.type is None:
+                problems.append(f"{what}: the type of its output {value.name!r} is unknown")
+            elif not isinstance(value.type, ir.TensorType) or value.dtype == ir.DataType.STRING:
+                problems.append(f"{what}: its output {value.name!r} is no tensor of numbers")
+            elif static_shape(value) is None:
+                problems.append(f"{what}: the shape of its output {value.name!r} depends on the input's values")
+    if problems:
+        raise UnsupportedError(_listed(_roots_first(problems)), where)
+    if not len(model.graph):
+        raise ModelError("nothing is left to compute: every output is an input or a constant", where)
+
+
+def _roots_first(problems: list[str]) -> list[str]:
+    """Each distinct line once, control flow before what follows from it."""
+    distinct = list(dict.fromkeys(problems))
+    return sorted(distinct, key=lambda line: "control flow" not in line)
+
+
+def _tidy(model: ir.Model) -> None:
+    """Only what the model computes stays: no documentation strings, no exporter's metadata."""
+    common.ClearMetadataAndDocStringPass()(model)
+    _name_nodes(model.graph)
+    model.graph.name = model.graph.name or "model"
+    model.producer_name, model.producer_version = "", ""
+
+
+def model_bytes(model: ir.Model) -> bytes:
+    """The model as an ONNX file, the same bytes for the same model."""
+    try:
+        return ir.to_proto(model).SerializeToString(deterministic=True)
+    except (ValueError, OverflowError) as error:
+        raise ModelError("the model is above 2 GB, which one ONNX file cannot hold") from error
+    except SparsecError:
+        raise

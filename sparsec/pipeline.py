@@ -1,0 +1,216 @@
+"""rewrite: run passes in the recipe's order. After each the model is checked, loads in ONNX Runtime, and where the pass
+claims equal outputs they are compared; each step can be written to a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import PassResult
+
+from sparsec.errors import CheckError, RecipeError, SparsecError, UsageError
+from sparsec.load import model_bytes
+from sparsec.passes.fold_constants import quiet_session
+from sparsec.passes_api import META_KEY, Context, PassStep, Progress, as_step
+
+EPS = float(np.finfo(np.float32).eps)
+SPREAD = (
+    16  # how far the worst of many outputs lies from the root mean square of rounding errors, and gain of the layers
+)
+
+
+def run_passes(
+    model: ir.Model,
+    passes: Iterable[Any],
+    *,
+    calibration: Mapping[str, np.ndarray] | None = None,
+    target: Any = None,
+    dump: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> tuple[ir.Model, list[dict[str, Any]]]:
+    """`model` after `passes` (steps, specs, pass objects or classes), and one JSON-able record a pass.
+
+    In-place passes change `model` itself. `dump`: a folder that receives `10-load.onnx`, `20-NAME.onnx`, ...; a step
+    that changed nothing leaves `20-NAME.unchanged.txt`. Raises RecipeError if a pass finds nothing to do or fails,
+    CheckError if a pass breaks the model or a promise of equal outputs.
+    """
+    steps = [as_step(item) for item in passes]
+    folder = _dump_folder(dump)
+    data = model_bytes(model)
+    _write(folder, "10-load.onnx", data)
+    records = []
+    for index, step in enumerate(steps):
+        if progress is not None:
+            progress(step.name, index, len(steps))
+        model, record = _run(model, step, Context(calibration, target, progress))
+        after = model_bytes(model)
+        record["modified"] = after != data
+        stem = f"{10 * (index + 2)}-{step.name}"
+        if after == data:
+            _write(folder, f"{stem}.unchanged.txt", f"{step.name} changed nothing\n".encode())
+        else:
+            _check(after, step)
+            if step.exact:
+                record["max_relative_error"] = check_equal(data, after, step.name, calibration)
+            _write(folder, f"{stem}.onnx", after)
+        data = after
+        records.append(record)
+    if progress is not None and steps:
+        progress("rewrite", len(steps), len(steps))
+    return model, records
+
+
+def _run(model: ir.Model, step: PassStep, context: Context) -> tuple[ir.Model, dict[str, Any]]:
+    where = f"pass {step.name}"
+    model.meta[META_KEY] = context
+    try:
+        result = step.run(model)
+    except RecipeError as error:
+        if error.where:
+            raise
+        raise RecipeError(error.message, where) from error
+    except SparsecError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        if isinstance(cause, SparsecError):
+            raise cause from error
+        text = " ".join(str(cause).split())[:300]
+        raise RecipeError(f"failed with {type(cause).__name__}: {text} ({step.origin})", where) from error
+    finally:
+        model.meta.pop(META_KEY, None)
+    assert isinstance(result, PassResult)
+    result.model.meta.pop(META_KEY, None)
+    record = {"name": step.name, "origin": step.origin, "version": step.version, "options": step.options}
+    return result.model, {**record, "details": context.records}
+
+
+def _check(data: bytes, step: PassStep) -> None:
+    where = f"pass {step.name}"
+    try:
+        onnx.checker.check_model(data, full_check=True)
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        raise CheckError(f"left an invalid ONNX model: {text} ({step.origin})", where) from error
+    try:
+        quiet_session(data)
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        raise CheckError(f"left a model that ONNX Runtime does not load: {text} ({step.origin})", where) from error
+
+
+# ---- equality
+
+
+def tolerance(model: onnx.ModelProto | bytes) -> float:
+    """Relative error (max |difference| / max |reference|) that rounding explains between two orders of summation.
+
+    A sum of K products has a relative rounding error of about eps * sqrt(K) (a random walk of K steps); independent
+    layers add in quadrature: eps * sqrt(sum of K over the layers), times `SPREAD`.
+    """
+    proto = onnx.load_model_from_string(model) if isinstance(model, bytes) else model
+    shapes = {i.name: list(i.dims) for i in proto.graph.initializer}
+    total = 0
+    for node in proto.graph.node:
+        length = 1
+        for name in node.input:
+            dims = shapes.get(name, [])
+            if node.op_type in ("Conv", "ConvTranspose") and len(dims) > 1:
+                length = max(length, int(np.prod(dims[1:], dtype=np.int64)))
+            elif node.op_type in ("Gemm", "MatMul") and len(dims) > 1:
+                length = max(length, *(int(d) for d in dims[-2:]))
+        total += length
+    return SPREAD * EPS * float(np.sqrt(total))
+
+
+def sample_inputs(
+    session: Any, calibration: Mapping[str, np.ndarray] | None = None, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """One sample: the first of the calibration data where it fits, else normal (floats) or small (integers) numbers."""
+    rng = np.random.default_rng(seed)
+    types = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+    feeds = {}
+    for x in session.get_inputs():
+        shape = [d if isinstance(d, int) else 1 for d in x.shape]
+        given = None if calibration is None else calibration.get(x.name)
+        if given is not None and np.asarray(given).size >= np.prod(shape, dtype=np.int64):
+            flat = np.asarray(given).reshape(-1)[: int(np.prod(shape, dtype=np.int64))]
+            feeds[x.name] = np.asarray(flat.reshape(shape), order="C")
+        elif x.type in types:
+            feeds[x.name] = rng.standard_normal(shape).astype(types[x.type])
+        elif x.type == "tensor(bool)":
+            feeds[x.name] = rng.integers(0, 2, shape).astype(bool)
+        else:
+            feeds[x.name] = rng.integers(0, 2, shape).astype(x.type[len("tensor(") : -1])
+    return feeds
+
+
+def check_equal(before: bytes, after: bytes, name: str, calibration: Mapping[str, np.ndarray] | None = None) -> float:
+    """Largest relative error of any output, ONNX Runtime on both models; CheckError if rounding does not explain it."""
+    first, second = quiet_session(before, optimize=True), quiet_session(after, optimize=True)
+    signature = [[(x.name, x.shape, x.type) for x in s.get_inputs()] for s in (first, second)]
+    names = [[y.name for y in s.get_outputs()] for s in (first, second)]
+    if signature[0] != signature[1] or names[0] != names[1]:
+        raise CheckError("claims equal outputs but changed the model's inputs or outputs", f"pass {name}")
+    feeds = sample_inputs(first, calibration)
+    limit, worst = tolerance(before), 0.0
+    for output, a, b in zip(names[0], first.run(None, feeds), second.run(None, feeds), strict=True):
+        error = relative_error(a, b)
+        if not error <= limit:
+            text = f"output {output!r} differs by {error:.3g}, rounding explains {limit:.3g} (relative to max |output|)"
+            raise CheckError(f"claims equal outputs: {text}", f"pass {name}")
+        worst = max(worst, error)
+    return worst
+
+
+def relative_error(reference: np.ndarray, other: np.ndarray) -> float:
+    """max |difference| / max |reference|; infinite for shapes, types or non-finite values that do not match."""
+    if reference.shape != other.shape or reference.dtype != other.dtype:
+        return float("inf")
+    if not reference.size:
+        return 0.0
+    a, b = reference.astype(np.float64), other.astype(np.float64)
+    finite = np.isfinite(a)
+    if not np.array_equal(a[~finite], b[~finite], equal_nan=True) or not np.isfinite(b[finite]).all():
+        return float("inf")
+    difference = float(np.abs(a - b, where=finite, out=np.zeros(a.shape)).max(initial=0.0))
+    scale = float(np.abs(a[finite]).max(initial=0.0))
+    return difference / scale if scale else (0.0 if difference == 0 else float("inf"))
+
+
+# ---- dump
+
+
+def _dump_folder(dump: str | os.PathLike[str] | None) -> Path | None:
+    if dump is None:
+        return None
+    folder = Path(dump)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {folder}: {error.strerror}", "--dump") from error
+    return folder
+
+
+def _write(folder: Path | None, name: str, data: bytes) -> None:
+    if folder is None:
+        return
+    try:
+        (folder / name).write_bytes(data)
+    except OSError as error:
+        raise UsageError(f"cannot write {folder / name}: {error.strerror}", "--dump") from error
+
+
+def list_records(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line a record, for people."""
+    lines = []
+    for record in records:
+        options = ",".join(f"{k}={v}" for k, v in record["options"].items())
+        changed = "" if record["modified"] else ": changed nothing"
+        lines.append(f"{record['name']}{':' + options if options else ''} ({record['origin']}){changed}")
+    return lines
