@@ -113,7 +113,7 @@ def _image(stream: _Stream) -> tuple[NDArray[np.float32], int]:
     _strokes(stream, image, stream.integer(6))
 
     cos, sin = stream.rotation()
-    radius = float(stream.uniform(5.5, 12.5))
+    radius = float(stream.uniform(6.0, 12.5))
     stretch = float(stream.uniform(0.8, 1.25))
     cx, cy = SIZE / 2 + stream.uniform(-1.0, 1.0, 2) * (SIZE / 2 - 0.8 * radius)
     u = ((_U - cx) * cos + (_V - cy) * sin) / radius
@@ -122,13 +122,13 @@ def _image(stream: _Stream) -> tuple[NDArray[np.float32], int]:
     # The contrast to the mean background: each channel lighter or darker, at least one of them clearly.
     contrast = stream.uniform(-0.5, 0.5, CHANNELS)
     strong = stream.integer(CHANNELS)
-    strength = float(stream.uniform(0.2, 0.5))
+    strength = float(stream.uniform(0.25, 0.5))
     contrast[strong] = strength if stream.integer(2) else -strength
     middle = image[:, SIZE // 2, SIZE // 2] if stream.integer(2) else image[:, int(cy), int(cx)]
     _blend(image, distance, middle + contrast)
 
-    _strokes(stream, image, stream.integer(4))
-    sigma = float(stream.uniform(0.01, 0.11))
+    _strokes(stream, image, stream.integer(3))
+    sigma = float(stream.uniform(0.01, 0.09))
     image += sigma * stream.noise(image.size).reshape(image.shape)
     levels = np.clip(np.floor(image * 255.0 + 0.5), 0.0, 255.0)
     return ((levels - 128.0) / 64.0).astype(np.float32), label

@@ -13,8 +13,8 @@ then are, or folded into weight and bias, as exporters write it. With beta near 
 assumed variance but only 0.5 of a much larger one: a wrong assumption about the image fades from layer to layer, and
 activations stay of order 1 at any depth.
 
-Bytes are the same on every machine: weights are sums of four integers of PCG64's raw stream (nearly normal), moments are
-rounded before use.
+Bytes are the same on every machine: weights are sums of four integers of PCG64's raw stream (nearly normal), moments
+are rounded before use.
 """
 
 from __future__ import annotations
