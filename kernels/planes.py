@@ -163,7 +163,7 @@ def plan(machine: Machine, window: Window, planes: int, most_rows: int, cost: in
         groups = tuple(row_groups(window, most))
         bands = len(groups) if planes < 16 and len(groups) > 1 else 1
         sweep = Sweep(window, cut, groups, bands)
-        if most == 1 or _code_size(sweep) * window.taps * cost <= 6000:
+        if most == 1 or _code_size(sweep) * window.taps * cost <= 2500:
             return sweep
     raise AssertionError("unreachable: one row is always accepted")
 

@@ -68,11 +68,16 @@ class Library:
             subprocess.run(command, cwd=folder, check=True)
             self._library = ctypes.CDLL(str(Path(folder, "kernels.so")))
 
-    def call(self, name: str, rooms: Sequence[Room], tiles: int, splits: int = 3) -> None:
-        """Run kernel `name` over all tiles in `splits` uneven ranges, in place."""
+    def function(self, name: str) -> Any:
+        """Kernel `name` as a ctypes function."""
         function = self._library[name]
         function.restype = None
         function.argtypes = [ctypes.c_void_p] * MAX_ARGS + [ctypes.c_int32, ctypes.c_int32]
+        return function
+
+    def call(self, name: str, rooms: Sequence[Room], tiles: int, splits: int = 3) -> None:
+        """Run kernel `name` over all tiles in `splits` uneven ranges, in place."""
+        function = self.function(name)
         pointers = [room.pointer for room in rooms] + [None] * (MAX_ARGS - len(rooms))
         for begin, end in ranges(tiles, splits):
             function(*pointers, begin, end)

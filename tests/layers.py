@@ -1,0 +1,70 @@
+"""A bound layer, run alone with the checks that every kernel must pass. Shared by the tests of kernel families."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from harness import Library, Room
+
+from sparsec.kernels.base import KernelCall
+from sparsec.program import ALIGNMENT, MAX_ARGS, SLACK, Kernel
+from sparsec.targets import Target
+
+
+class Layer:
+    """A bound layer with the arrays of its roles and what it should give."""
+
+    def __init__(self, call: KernelCall, expected: np.ndarray, tolerance: float | np.ndarray, **activations: np.ndarray):
+        self.call, self.expected, self.tolerance = call, expected, tolerance
+        self.activations = activations
+
+    def rooms(self) -> list[Room]:
+        """One buffer for each role; outputs and scratch start as NaN."""
+        arrays = {**self.activations, **self.call.constants, "y": np.full(self.expected.shape, np.nan, np.float32)}
+        arrays["scratch"] = np.full(self.call.scratch // 4, np.nan, np.float32)
+        return [Room(arrays[role]) for role in self.call.roles]
+
+
+def _untouched(room: Room) -> np.ndarray:
+    """Bytes behind the buffer that nothing wrote."""
+    end = room.start + room.size
+    return room.memory[end : end + SLACK] == 0xFF
+
+
+def _tiles(library: Library, name: str, rooms: Sequence[Room], begin: int, end: int) -> None:
+    library.function(name)(*[room.pointer for room in rooms], *[None] * (MAX_ARGS - len(rooms)), begin, end)
+
+
+def check_layers(layers: Sequence[Layer], target: Target) -> None:
+    """Run all layers and compare; every buffer but scratch must be unwritten behind its end, and tiles independent.
+
+    One tile in the middle also runs alone: with the other tiles' results already there, they must stay as they are.
+    """
+    kernels = {layer.call.name: Kernel(layer.call.name, layer.call.func) for layer in layers}
+    library = Library(list(kernels.values()), target)
+    for layer in layers:
+        call, rooms = layer.call, layer.rooms()
+        y = rooms[call.roles.index("y")]
+        library.call(call.name, rooms, call.tiles)
+        np.testing.assert_array_less(
+            np.abs(y.array - layer.expected), np.broadcast_to(layer.tolerance, layer.expected.shape), err_msg=call.text
+        )
+        for role, room in zip(call.roles, rooms, strict=True):
+            assert room.pointer.value is not None
+            assert room.pointer.value % ALIGNMENT == 0
+            assert role == "scratch" or _untouched(room).all(), f"{call.text}: wrote behind {role}"
+        whole = y.array.copy()
+        y.array[...] = 12345.0
+        _tiles(library, call.name, rooms, call.tiles // 2, call.tiles // 2 + 1)
+        first = y.array.copy()
+        y.array[...] = 54321.0
+        _tiles(library, call.name, rooms, call.tiles // 2, call.tiles // 2 + 1)
+        written = first == y.array  # elements that did not keep their fill
+        assert written.any(), f"{call.text}: tile {call.tiles // 2} writes nothing"
+        np.testing.assert_array_equal(first[written], whole[written], err_msg=f"{call.text}: a tile alone")
+        if call.tiles > 1:
+            y.array[...] = 12345.0
+            _tiles(library, call.name, rooms, 0, call.tiles // 2)
+            _tiles(library, call.name, rooms, call.tiles // 2 + 1, call.tiles)
+            assert (y.array[written] == 12345.0).all(), f"{call.text}: other tiles write what tile {call.tiles // 2} owns"
