@@ -1,0 +1,263 @@
+"""Program -> files: weights.bin, libmodel.so, libmodel.a, model.h, bench. The one module that runs ziglang.
+
+Kernels come from `sparsec.codegen` as one object. Runtime objects are the same for every model of a target and are kept
+in a cache. Nothing in the files depends on where or when they were made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata, resources
+from pathlib import Path
+
+from sparsec import elf
+from sparsec.codegen import compile_kernels
+from sparsec.emit import c_prefix, model_header, pack_parity, program_digest, program_source, weights_blob
+from sparsec.errors import BuildError
+from sparsec.program import Program
+from sparsec.targets import Target
+
+__all__ = ["build", "c_prefix", "model_header", "pack_parity", "program_source", "weights_blob"]
+
+Progress = Callable[[str], None]
+
+LIBRARY_SOURCES = ("runtime.c", "threads.c", "features.c")
+HEADERS = ("sparsec.h", "internal.h", "platform.h")
+KERNEL_PREFIX = "sparsec_kernel_"  # before the name of everything that the kernels' object defines
+PAGE_BYTES = 65536  # alignment of segments: serves systems with pages of 4, 16 and 64 kB
+
+# What bionic's libc.so and libm.so are asked for. A link that needs more fails here instead of on the phone.
+ANDROID_LIBC = frozenset({
+    "pthread_create", "pthread_join", "syscall", "getauxval", "malloc", "free", "memcpy", "memmove", "memset", "memcmp",
+    "strlen", "strncmp", "open", "close", "lseek", "mmap", "munmap",
+})  # fmt: skip
+_MATH = (
+    "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "copysign", "cos", "cosh", "erf",
+    "erfc", "exp", "exp2", "expm1", "fabs", "floor", "fma", "fmax", "fmin", "fmod", "hypot", "ldexp", "lgamma", "log", "log10", "log1p",
+    "log2", "lrint", "llrint", "lround", "llround", "nearbyint", "nextafter", "pow", "remainder", "rint",
+    "round", "sin", "sinh", "sqrt", "tan", "tanh", "tgamma", "trunc",
+)  # fmt: skip
+ANDROID_LIBM = frozenset(name + suffix for name in _MATH for suffix in ("", "f"))
+
+C_FLAGS = (
+    "-std=c11", "-O2", "-g0", "-fPIC", "-fno-sanitize=all", "-fno-stack-protector", "-fvisibility=hidden",
+    "-ffunction-sections", "-fdata-sections", "-fno-math-errno", "-Wall", "-Wextra",
+)  # fmt: skip
+
+
+def build(
+    program: Program,
+    directory: Path,
+    *,
+    name: str | None = None,
+    threads: int = 1,
+    embed_weights: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Write the artifact's code and weights into `directory`, which exists.
+
+    Files: weights.bin (unless `embed_weights`), libmodel.so, libmodel.a, model.h, bench. `name`: the model's, from
+    which the prefix of C symbols is made (default: the program's); `threads`: workers of an instance that asks for
+    none. `progress(text)` is called before each part of the work. Raises BuildError with the tool's output.
+    """
+    say = progress or (lambda text: None)
+    prefix = c_prefix(name or program.name)
+    with tempfile.TemporaryDirectory(prefix="sparsec-") as folder:
+        try:
+            _build(program, Path(folder), Path(directory), prefix, threads, embed_weights, say)
+        except OSError as error:
+            raise BuildError(f"cannot write: {error.strerror or error}", str(error.filename or directory)) from error
+
+
+def _build(
+    program: Program, work: Path, directory: Path, prefix: str, threads: int, embed_weights: bool, say: Progress
+) -> None:
+    target = program.target
+    for header in HEADERS:
+        (work / header).write_bytes(_source(header))
+
+    say(f"compiling {len(program.kernels)} kernels for {target.cpu}")
+    compile_kernels(program.kernels, target, work / "kernels.o")
+    code = (work / "kernels.o").read_bytes()
+    own = {symbol.name for symbol in elf.symbols(code) if symbol.defined}
+    code = elf.rename_symbols(code, lambda symbol: KERNEL_PREFIX + symbol if symbol in own else symbol)
+    (work / "kernels.o").write_bytes(code)
+
+    say("writing weights")
+    digest = program_digest(program, [code])
+    blob = weights_blob(program, digest)
+    model_sources = ["program.c"]
+    table = program_source(
+        program, KERNEL_PREFIX, digest, threads=threads, embedded_bytes=len(blob) if embed_weights else 0
+    )
+    (work / "program.c").write_text(table, encoding="utf-8")
+    if embed_weights:
+        (work / "weights.bin").write_bytes(blob)
+        (work / "weights.S").write_text(_EMBED, encoding="utf-8")
+        model_sources.append("weights.S")
+    else:
+        (directory / "weights.bin").write_bytes(blob)
+    (directory / "model.h").write_text(model_header(prefix), encoding="utf-8")
+
+    say("compiling the runtime (the first time takes half a minute)")
+    _compile(work, model_sources, target.zig_triple)
+    model_objects = [*(Path(source).with_suffix(".o").name for source in model_sources), "kernels.o"]
+    runtime = _runtime_objects(target.zig_triple, LIBRARY_SOURCES, work / "shared")
+    static = _runtime_objects(target.zig_static_triple, (*LIBRARY_SOURCES, "bench.c"), work / "static")
+
+    say("linking")
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        jobs = [
+            pool.submit(_link_shared, work, target, [*model_objects, *runtime], directory / "libmodel.so"),
+            pool.submit(_link_bench, work, target, [*model_objects, *static], directory / "bench"),
+            pool.submit(_archive, work, prefix, [*model_objects, *runtime], directory / "libmodel.a"),
+        ]
+        for job in jobs:
+            job.result()
+
+
+# The weights as read-only data of the code.
+_EMBED = """\
+    .section .rodata.sparsec_weights, "a"
+    .globl sparsec_embedded_weights
+    .hidden sparsec_embedded_weights
+    .balign 64
+sparsec_embedded_weights:
+    .incbin "weights.bin"
+    .section .note.GNU-stack, "", %progbits
+"""
+
+_EXPORTS = "{ global: sparsec_open; sparsec_open_file; sparsec_run; sparsec_close; sparsec_input_count; " + (
+    "sparsec_output_count; sparsec_input_info; sparsec_output_info; sparsec_arena_bytes; sparsec_error_string; "
+    "sparsec_version; sparsec_features_needed; local: *; };\n"
+)
+
+
+def _source(name: str) -> bytes:
+    return resources.files("sparsec.runtimes.c").joinpath(name).read_bytes()
+
+
+def cache_folder() -> Path:
+    """Where runtime objects are kept: SPARSEC_CACHE, else the user's cache folder."""
+    chosen = os.environ.get("SPARSEC_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sparsec")
+
+
+def _zig(arguments: Sequence[str], folder: Path) -> None:
+    """Run ziglang in `folder`. Raises BuildError with its output."""
+    environment = dict(os.environ)
+    if os.environ.get("SPARSEC_CACHE"):
+        environment.setdefault("ZIG_GLOBAL_CACHE_DIR", str(cache_folder() / "zig"))
+    command = [sys.executable, "-m", "ziglang", *arguments]
+    try:
+        done = subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True)
+    except OSError as error:
+        problem = f"cannot start ziglang: {error.strerror}; reinstall the package 'ziglang'"
+        raise BuildError(problem, arguments[0]) from error
+    if done.returncode:
+        output = (done.stderr + done.stdout).decode("utf-8", "replace").strip()
+        lines = output.splitlines() or ["no output"]
+        lines = [line for line in lines if "error" in line.lower()] or lines
+        problem = BuildError(f"ziglang failed (exit {done.returncode}): {lines[0].strip()}", arguments[0])
+        problem.add_note(output)
+        raise problem
+
+
+def _compile(folder: Path, sources: Iterable[str], triple: str) -> None:
+    """Compile each source of `folder` to NAME.o beside it."""
+    for source in sources:
+        flags = C_FLAGS if source.endswith(".c") else ()
+        _zig(["cc", "-target", triple, *flags, "-c", source, "-o", str(Path(source).with_suffix(".o"))], folder)
+
+
+def _runtime_objects(triple: str, sources: Sequence[str], into: Path) -> list[str]:
+    """The runtime's objects for `triple`, copied into the folder `into`, from the cache if they are there."""
+    key = hashlib.sha256(repr((triple, C_FLAGS, metadata.version("ziglang"))).encode())
+    for file in (*HEADERS, *sources):
+        key.update(hashlib.sha256(_source(file)).digest())
+    kept = cache_folder() / "runtime" / key.hexdigest()[:32]
+    names = [Path(source).with_suffix(".o").name for source in sources]
+    into.mkdir()
+    if not all((kept / name).is_file() for name in names):
+        for file in (*HEADERS, *sources):
+            (into / file).write_bytes(_source(file))
+        _compile(into, sources, triple)
+        _keep(into, names, kept)
+    else:
+        for name in names:
+            (into / name).write_bytes((kept / name).read_bytes())
+    return [f"{into.name}/{name}" for name in names]
+
+
+def _keep(folder: Path, names: Sequence[str], kept: Path) -> None:
+    """Put objects into the cache, whole or not at all, whoever else does the same. An unwritable cache is none."""
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as fresh:
+            moved = Path(fresh, "objects")
+            moved.mkdir()
+            for name in names:
+                (moved / name).write_bytes((folder / name).read_bytes())
+            os.rename(moved, kept)
+    except OSError:
+        return
+
+
+def _link_shared(work: Path, target: Target, objects: Sequence[str], path: Path) -> None:
+    (work / "exports.map").write_text(_EXPORTS, encoding="utf-8")
+    command = ["cc", "-target", target.zig_triple, "-shared", "-s", "-o", "libmodel.so", *objects]
+    command += ["-Wl,--version-script=exports.map", "-Wl,--gc-sections", "-Wl,-z,defs", "-Wl,-soname,libmodel.so"]
+    command += [f"-Wl,-z,max-page-size={PAGE_BYTES}", "-Wl,--build-id=none"]
+    if target.os == "android":
+        command += ["-nostdlib", *_android_libraries(work, target, objects)]
+    else:
+        command += ["-lm", "-lpthread"]
+    _zig(command, work)
+    path.write_bytes((work / "libmodel.so").read_bytes())
+    path.chmod(0o755)
+
+
+def _android_libraries(work: Path, target: Target, objects: Sequence[str]) -> list[str]:
+    """Stand-ins for bionic's libc.so and libm.so: their SONAMEs and the symbols that `objects` use, no code."""
+    found = [symbol for name in objects for symbol in elf.symbols((work / name).read_bytes())]
+    missing = {symbol.name for symbol in found if not symbol.defined} - {s.name for s in found if s.defined}
+    if unknown := sorted(missing - ANDROID_LIBC - ANDROID_LIBM):
+        raise BuildError(f"kernels need what Android's libc and libm may lack: {', '.join(unknown)}", "libmodel.so")
+    paths = []
+    for library, known in (("libc", ANDROID_LIBC), ("libm", ANDROID_LIBM)):
+        text = "".join(f"void {name}(void) {{}}\n" for name in sorted(missing & known))
+        (work / f"{library}.c").write_text(text, encoding="utf-8")
+        flags = ["-shared", "-nostdlib", "-fno-builtin", "-w", f"-Wl,-soname,{library}.so"]
+        (work / "stubs").mkdir(exist_ok=True)
+        _zig(["cc", "-target", target.zig_triple, *flags, "-o", f"stubs/{library}.so", f"{library}.c"], work)
+        paths.append(f"stubs/{library}.so")
+    return paths
+
+
+def _link_bench(work: Path, target: Target, objects: Sequence[str], path: Path) -> None:
+    command = ["cc", "-target", target.zig_static_triple, "-static", "-s", "-o", "bench", *objects]
+    _zig([*command, "-Wl,--gc-sections", "-Wl,--build-id=none", "-lm"], work)
+    path.write_bytes((work / "bench").read_bytes())
+    path.chmod(0o755)
+
+
+def _archive(work: Path, prefix: str, objects: Sequence[str], path: Path) -> None:
+    """libmodel.a: the same objects, each symbol they define under the model's prefix."""
+    folder = work / "archive"
+    folder.mkdir()
+    contents = {Path(name).name: (work / name).read_bytes() for name in objects}
+    own = {symbol.name for data in contents.values() for symbol in elf.symbols(data) if symbol.defined}
+    for name, data in contents.items():
+        renamed = elf.rename_symbols(data, lambda symbol: f"{prefix}_{symbol}" if symbol in own else symbol)
+        (folder / name).write_bytes(renamed)
+    _zig(["ar", "rcsD", "libmodel.a", *sorted(contents)], folder)
+    path.write_bytes((folder / "libmodel.a").read_bytes())
+
