@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -83,13 +84,13 @@ class Graph:
         total = raw.sum(axis=1, dtype=np.int32) - 2 * 65535
         return (total.astype(np.float32) * np.float32(math.sqrt(3) / 65536)).reshape(shape)
 
-    def constant(self, name: str, array: Array) -> str:
+    def constant(self, name: str, array: Array | np.floating) -> str:
         """An initializer; scalars may be asked for again."""
         if name not in self._initializers:
             self._initializers[name] = numpy_helper.from_array(np.asarray(array, np.float32), name)
         return name
 
-    def node(self, op: str, name: str, inputs: Sequence[str], output: str | None = None, **attributes: object) -> str:
+    def node(self, op: str, name: str, inputs: Sequence[str], output: str | None = None, **attributes: Any) -> str:
         """Append a node; its output is called `output`, by default like the node."""
         output = output or name
         self._nodes.append(helper.make_node(op, list(inputs), [output], name=name, **attributes))

@@ -2,9 +2,10 @@
 
     python tools/train_demo.py [--images 25000] [--epochs 22] [--seed 0] [--threads 1] [-o models/demo.onnx]
 
-Two phases: ordinary training, then, with BatchNorm folded, half as many epochs in which every second step drops a random
-share of the blocks of least magnitude. The second is what lets half of the blocks go later without any retraining; a
-network this small that was trained the ordinary way only loses most of its accuracy there (printed for comparison).
+Two phases: ordinary training, then, with BatchNorm folded, half as many epochs in which every second step drops a
+random share of the blocks of least magnitude. The second is what lets half of the blocks go later without any
+retraining; a network this small that was trained the ordinary way only loses most of its accuracy there (printed for
+comparison).
 
 Prints the accuracy on held-out images, of the model as written, dense and with 4x1 blocks of least magnitude removed.
 """
