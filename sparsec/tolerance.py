@@ -1,0 +1,87 @@
+"""How far two correct implementations of a model may differ: derived from the model, not tuned until tests pass."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+    from sparsec.targets import Target
+
+UNIT_ROUNDOFF = 2.0**-24  # of float32
+SIGMAS = 4.0  # the largest of 1000 normal values is 3.3 sigma on average
+CEILING = {"x86_64": 2e-5, "aarch64": 5e-5}  # no model may need more; a larger derived value is cut to this
+
+_ERROR_FREE = frozenset({
+    "Relu", "Clip", "MaxPool", "GlobalMaxPool", "Reshape", "Flatten", "Transpose", "Concat", "Split", "Slice",
+    "Squeeze", "Unsqueeze", "Identity", "Pad", "Gather", "Constant", "Shape", "Cast", "Expand", "Tile", "Max",
+    "Min", "Abs", "Neg", "ArgMax", "ArgMin", "Where", "Equal", "Less", "Greater", "Not", "And", "Or", "Dropout",
+    "DepthToSpace", "SpaceToDepth",
+})  # fmt: skip
+
+# Library functions: each of two implementations may be off by 4 units, and (4 u)^2 = 16 u^2.
+_FUNCTIONS = frozenset({
+    "Sigmoid", "Tanh", "Exp", "Log", "Erf", "Gelu", "Softplus", "Softmax", "LogSoftmax", "HardSwish", "HardSigmoid",
+    "Swish", "Mish", "Elu", "Selu", "Celu", "Pow", "Sqrt", "Reciprocal", "Sin", "Cos", "LayerNormalization",
+    "InstanceNormalization", "GroupNormalization", "LRN",
+})  # fmt: skip
+
+_EXACT = frozenset({"INT8", "UINT8", "INT16", "UINT16", "INT32", "UINT32", "INT64", "UINT64", "BOOL"})
+
+
+def derive_tolerance(model: onnx_ir.Model) -> float:
+    """Relative error that two correct float32 implementations of `model` may differ by.
+
+    A sum of k products rounds k times by at most u = 2^-24 of its size; with independent signs that is u sqrt(k).
+    Errors of layers add up the same way, for both implementations: u sqrt(2 sum(k)) over all nodes on the way, where k
+    is the accumulation length of a Conv, Gemm or MatMul, the window of an average, 16 for a library function, 1
+    otherwise and 0 for operators that only select or move values. Times 4 (standard deviations), because the maximum
+    over all elements is compared.
+    """
+    roundings = sum(_roundings(node) for node in model.graph)
+    return SIGMAS * UNIT_ROUNDOFF * math.sqrt(2 * max(roundings, 1))
+
+
+def tolerances(model: onnx_ir.Model, target: Target) -> dict[str, float]:
+    """The relative tolerance of each output for `target`; integer outputs must be equal."""
+    value = float(f"{min(derive_tolerance(model), CEILING[target.arch]):.3g}")
+    return {
+        str(output.name): 0.0 if output.dtype is not None and output.dtype.name in _EXACT else value
+        for output in model.graph.outputs
+    }
+
+
+def _roundings(node: Any) -> int:
+    """How often the value behind one output element of `node` is rounded."""
+    kind = node.op_type
+    if kind in _ERROR_FREE:
+        return 0
+    if kind in _FUNCTIONS:
+        return 16
+    if kind in ("Conv", "ConvTranspose"):
+        dims = _dims(node.inputs[1])
+        return math.prod(dims[1:] if kind == "Conv" else [dims[0], *dims[2:]]) if len(dims) > 2 else 1
+    if kind == "Gemm":
+        dims = _dims(node.inputs[0])
+        return dims[0 if node.attributes.get_int("transA", 0) else 1] if len(dims) == 2 else 1
+    if kind == "MatMul":
+        dims = _dims(node.inputs[0])
+        return dims[-1] if dims else 1
+    if kind == "AveragePool":
+        return math.prod(node.attributes.get_ints("kernel_shape", [1]))
+    if kind == "GlobalAveragePool":
+        return math.prod(_dims(node.inputs[0])[2:])
+    if kind in ("ReduceMean", "ReduceSum", "ReduceL2", "ReduceProd"):
+        before, after = math.prod(_dims(node.inputs[0])), math.prod(_dims(node.outputs[0]))
+        return max(1, before // max(1, after))
+    if kind in ("GRU", "LSTM", "RNN"):
+        x, w, r = (_dims(value) for value in node.inputs[:3])
+        return x[0] * (w[-1] + r[-1] + 32) if x and w and r else 1
+    return 1
+
+
+def _dims(value: Any) -> list[int]:
+    shape = None if value is None else value.shape
+    return [] if shape is None else [dim if isinstance(dim, int) else 1 for dim in shape]
