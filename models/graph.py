@@ -186,10 +186,6 @@ class Graph:
         square = (x.mean**2 + x.var) * cdf + x.mean * deviation * pdf
         return Value(name, x.height, x.width, np.round(mean, 5), np.maximum(np.round(square - mean**2, 5), 1e-3))
 
-    def hard_swish(self, x: Value, name: str) -> Value:
-        """x * clip(x + 3, 0, 6) / 6; its moments are near those of ReLU."""
-        return self._rectified(x, self.node("HardSwish", name, [x.name]))
-
     def add(self, a: Value, b: Value, name: str) -> Value:
         y = self.node("Add", name, [a.name, b.name])
         return Value(y, a.height, a.width, a.mean + b.mean, a.var + b.var)

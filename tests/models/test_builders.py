@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 
@@ -27,6 +28,12 @@ PARAMETERS = {
 SEEDED = sorted(PARAMETERS)
 
 
+@functools.cache
+def _full_size(name: str) -> onnx.ModelProto:
+    """Not to be changed."""
+    return models.build(name)
+
+
 def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -48,14 +55,14 @@ def test_builder_entry(name: str) -> None:
     builder = models.BUILDERS[name]
     assert builder.name == name
     assert len(builder.summary) > 20
-    value = builder.function().graph.input[0]
+    value = _full_size(name).graph.input[0]
     assert value.name == "input"
     assert tuple(each.dim_value for each in value.type.tensor_type.shape.dim) == builder.input_shape
 
 
 @pytest.mark.parametrize("name", SEEDED)
 def test_valid_and_as_many_weights_as_published(name: str) -> None:
-    model = models.build(name)
+    model = _full_size(name)
     onnx.checker.check_model(model, full_check=True)
     assert (model.ir_version, model.opset_import[0].version) == (9, 17)
     learned = [each for each in model.graph.initializer if "running_" not in each.name and "clip_" not in each.name]
@@ -64,7 +71,7 @@ def test_valid_and_as_many_weights_as_published(name: str) -> None:
 
 @pytest.mark.parametrize("name", SEEDED)
 def test_every_value_has_a_static_shape_and_every_node_a_name(name: str) -> None:
-    graph = onnx.shape_inference.infer_shapes(models.build(name), strict_mode=True).graph
+    graph = onnx.shape_inference.infer_shapes(_full_size(name), strict_mode=True).graph
     known = {value.name: value.type.tensor_type.shape.dim for value in [*graph.value_info, *graph.output]}
     for node in graph.node:
         assert all(each.dim_value > 0 for each in known[node.output[0]]), node.name
