@@ -1,0 +1,239 @@
+"""The straight line: load, rewrite, lower, build, pack, verify.
+
+`compile` is the function to read first: one call for each stage, values of a few named types in between, targets as
+parameters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os as _os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from sparsec.artifact import Artifact, Facts, artifact_path, check_output, load, staged, write_artifact
+from sparsec.build import build, pack_parity
+from sparsec.codegen import kernel_text
+from sparsec.data import Data, Images, InputSpec, load_data
+from sparsec.errors import CheckError, RuntimeUnavailable, UsageError
+from sparsec.load import load_model, model_bytes
+from sparsec.lowering import lower
+from sparsec.passes_api import resolve_passes
+from sparsec.pipeline import run_passes
+from sparsec.program import Program
+from sparsec.recipe import Recipe, load_recipe
+from sparsec.targets import Target, find_target
+from sparsec.tolerance import tolerances
+from sparsec.verify import parity_sample, verify
+
+Model = str | _os.PathLike[str] | bytes | onnx.ModelProto | ir.Model
+Calibration = str | Path | Mapping[str, np.ndarray] | Images
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A model after its passes, with what the manifest says about them."""
+
+    model: ir.Model
+    records: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...]
+    digests: dict[str, str | None]
+    calibration: Data | None
+
+
+def compile(
+    model: Model,
+    target: str | Target | None = None,
+    passes: Iterable[Any] = (),
+    recipe: str | _os.PathLike[str] | Mapping[str, Any] | Recipe | None = None,
+    calibration: Calibration | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    bind: Mapping[str, Any] | None = None,
+    cpu: str | None = None,
+    os: str | None = None,
+    threads: int = 1,
+    output: str | _os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    plugins: Sequence[str | _os.PathLike[str]] = (),
+    dump: str | _os.PathLike[str] | None = None,
+    embed_weights: bool = False,
+    preprocess: str | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Compile a model to an artifact for one target and prove it against ONNX Runtime.
+
+    model: path, bytes, `onnx.ModelProto` or `onnx_ir.Model`; the caller's object is left alone. target: "host", "arm", ...
+    (default: the recipe's, else "host"). passes: specs such as "prune:sparsity=0.8,block=4x1", pass objects or classes,
+    after those of `recipe`. calibration: an .npz, a folder of images with `preprocess`, arrays by input name, or `Images`.
+    shapes: input name to full shape. bind: inputs fixed to a constant. threads: the artifact's default. output: the
+    artifact if it ends in ".sparsec", else the folder for it; without it the artifact lives in a temporary directory that
+    goes with the object. Raises a `SparsecError`; then nothing is left behind.
+    """
+    say = progress or (lambda text: None)
+    if threads < 1 or threads > 256:
+        raise UsageError(f"expected 1 to 256 threads, got {threads}", "--threads")
+    chosen = _recipe(recipe)
+    machine = target if isinstance(target, Target) else find_target(target or chosen.target or "host", cpu, os)
+    name = _model_name(model, output)
+    with _destination(output, name, overwrite) as (directory, finish):
+        say("loading")
+        rewritten = _rewrite(model, passes, chosen, calibration, shapes, bind, plugins, dump, preprocess, say, machine)
+        data = model_bytes(rewritten.model)
+        say("lowering")
+        program = lower(rewritten.model, machine, name)
+        _dump_program(dump, program)
+        build(program, directory, name=name, threads=threads, embed_weights=embed_weights, progress=say)
+        say("packing")
+        allowed = tolerances(rewritten.model, machine)
+        inputs = [InputSpec(t.name, t.shape, t.dtype) for t in program.inputs]
+        sample, expected = parity_sample(data, inputs, rewritten.calibration)
+        (directory / "parity.bin").write_bytes(pack_parity(sample, expected, [allowed[t.name] for t in program.outputs]))
+        facts = Facts(
+            rewritten.digests, allowed, rewritten.records, threads, {k: str(v) for k, v in (bind or {}).items()}, rewritten.notes, embed_weights
+        )  # fmt: skip
+        write_artifact(directory, program=program, model_bytes=data, facts=facts)
+        say("verifying against ONNX Runtime")
+        notes, record = _prove(Artifact(directory, json.loads((directory / "manifest.json").read_text())))
+        write_artifact(directory, program=program, model_bytes=data, facts=replace(facts, notes=(*facts.notes, *notes)), parity=record)
+        return finish()
+
+
+def rewrite(
+    model: Model,
+    passes: Iterable[Any] = (),
+    recipe: str | _os.PathLike[str] | Mapping[str, Any] | Recipe | None = None,
+    calibration: Calibration | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    bind: Mapping[str, Any] | None = None,
+    plugins: Sequence[str | _os.PathLike[str]] = (),
+    dump: str | _os.PathLike[str] | None = None,
+    preprocess: str | None = None,
+    progress: Progress | None = None,
+) -> ir.Model:
+    """Only load and rewrite: the model after its passes, a valid standard ONNX model. Arguments as for `compile`."""
+    say = progress or (lambda text: None)
+    return _rewrite(model, passes, _recipe(recipe), calibration, shapes, bind, plugins, dump, preprocess, say, None).model
+
+
+def _recipe(recipe: Any) -> Recipe:
+    return Recipe() if recipe is None else load_recipe(recipe)
+
+
+def _rewrite(
+    model: Model, passes: Iterable[Any], recipe: Recipe, calibration: Calibration | None, shapes: Any, bind: Any,
+    plugins: Any, dump: Any, preprocess: str | None, say: Progress, target: Target | None,
+) -> Rewritten:  # fmt: skip
+    notes: list[str] = []
+    steps = resolve_passes(passes, recipe, plugins)  # a wrong pass is said before the model is read
+    loaded = load_model(model, {**recipe.shapes, **(shapes or {})}, bind, notes)
+    source = calibration if calibration is not None else recipe.calibration
+    data = None
+    if source is not None:
+        say("reading calibration data")
+        data = load_data(source, [_spec(value) for value in loaded.graph.inputs], preprocess)
+    arrays = _stacked(data) if data is not None and steps else None
+    origin = hashlib.sha256(_raw_bytes(model)).hexdigest()
+
+    def tell(step: str, done: int, total: int) -> None:
+        say(f"{step} ({done + 1}/{total})" if done < total else step)
+
+    changed, records = run_passes(loaded, steps, calibration=arrays, target=target, dump=dump, progress=tell)
+    document = {**recipe.document(), "passes": [{"name": r["name"], "options": r.get("options", {})} for r in records]}
+    digests = {
+        "model": origin,
+        "recipe": hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest(),
+        "calibration": data.digest if data is not None else None,
+    }
+    return Rewritten(changed, tuple(records), tuple(notes), digests, data)
+
+
+def _stacked(data: Data) -> dict[str, np.ndarray]:
+    samples = list(data)
+    return {name: np.concatenate([s[name] if s[name].shape[:1] == (1,) else s[name][None] for s in samples]) for name in samples[0]}
+
+
+def _raw_bytes(model: Model) -> bytes:
+    if isinstance(model, bytes):
+        return model
+    if isinstance(model, (str, _os.PathLike)):
+        return Path(model).read_bytes()
+    proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
+    return proto.SerializeToString(deterministic=True)
+
+
+def _spec(value: ir.Value) -> InputSpec:
+    assert value.shape is not None and value.dtype is not None
+    return InputSpec(str(value.name), tuple(int(d) for d in value.shape), str(value.dtype.numpy()))  # type: ignore[arg-type]
+
+
+def _model_name(model: Model, output: Any) -> str:
+    """The artifact's name: of `-o NAME.sparsec`, else of the file, else of the graph."""
+    if output is not None and str(output).endswith(".sparsec"):
+        return Path(output).name[: -len(".sparsec")] or "model"
+    if isinstance(model, (str, _os.PathLike)):
+        return Path(model).stem or "model"
+    graph = None if isinstance(model, bytes) else model.graph.name
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in graph or "").strip(".")[:64] or "model"
+
+
+@contextlib.contextmanager
+def _destination(output: Any, name: str, overwrite: bool) -> Iterator[tuple[Path, Callable[[], Artifact]]]:
+    """A directory to write into, and what turns it into the finished artifact."""
+    if output is None:
+        owner = tempfile.TemporaryDirectory(prefix="sparsec-")
+        directory = Path(owner.name) / f"{name}.sparsec"
+        directory.mkdir()
+        try:
+            yield directory, lambda: Artifact(directory, json.loads((directory / "manifest.json").read_text()), owner)
+        except BaseException:
+            owner.cleanup()
+            raise
+        return
+    path = artifact_path(output, name)
+    check_output(path, overwrite)
+    holder: list[Artifact] = []
+
+    def finish() -> Artifact:
+        holder.append(Artifact(path, json.loads((stage / "manifest.json").read_text())))
+        return holder[0]
+
+    with staged(path, overwrite) as stage:
+        yield stage, finish
+
+
+def _prove(artifact: Artifact) -> tuple[list[str], dict[str, Any] | None]:
+    """Run the artifact where that is possible and compare. CheckError if it disagrees."""
+    try:
+        result = verify(artifact)
+    except RuntimeUnavailable as error:
+        return [f"not run on this machine: {error}"], None
+    if not result.passed:
+        worst = result.worst
+        raise CheckError(
+            f"differs from ONNX Runtime by {worst.max_relative_error:.3g} of the largest value, rounding explains {worst.tolerance:.3g}; "
+            "please report this model",
+            f"output {worst.output}",
+        )
+    return [], result.record()
+
+
+def _dump_program(dump: Any, program: Program) -> None:
+    if dump is None:
+        return
+    folder = Path(dump)
+    (folder / "40-program.txt").write_text(str(program), encoding="utf-8")
+    text = "\n\n".join(f"# {kernel.name}: {kernel.text}\n{kernel_text(kernel)}" for kernel in program.kernels)
+    (folder / "50-kernels.py").write_text(text + "\n", encoding="utf-8")
+
+
+__all__ = ["compile", "load", "rewrite"]
