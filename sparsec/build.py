@@ -39,9 +39,9 @@ ANDROID_LIBC = frozenset({
 })  # fmt: skip
 _MATH = (
     "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil", "copysign", "cos", "cosh", "erf",
-    "erfc", "exp", "exp2", "expm1", "fabs", "floor", "fma", "fmax", "fmin", "fmod", "hypot", "ldexp", "lgamma", "log", "log10", "log1p",
-    "log2", "lrint", "llrint", "lround", "llround", "nearbyint", "nextafter", "pow", "remainder", "rint",
-    "round", "sin", "sinh", "sqrt", "tan", "tanh", "tgamma", "trunc",
+    "erfc", "exp", "exp2", "expm1", "fabs", "floor", "fma", "fmax", "fmin", "fmod", "hypot", "ldexp", "lgamma", "log",
+    "log10", "log1p", "log2", "lrint", "llrint", "lround", "llround", "nearbyint", "nextafter", "pow", "remainder",
+    "rint", "round", "sin", "sinh", "sqrt", "tan", "tanh", "tgamma", "trunc",
 )  # fmt: skip
 ANDROID_LIBM = frozenset(name + suffix for name in _MATH for suffix in ("", "f"))
 
@@ -82,6 +82,10 @@ def _build(
     for header in HEADERS:
         (work / header).write_bytes(_source(header))
 
+    runtimes = (
+        (target.zig_triple, LIBRARY_SOURCES),
+        (target.zig_static_triple, (*LIBRARY_SOURCES, "bench.c")),
+    )
     say(f"compiling {len(program.kernels)} kernels for {target.cpu}")
     compile_kernels(program.kernels, target, work / "kernels.o")
     code = (work / "kernels.o").read_bytes()
@@ -105,18 +109,21 @@ def _build(
         (directory / "weights.bin").write_bytes(blob)
     (directory / "model.h").write_text(model_header(prefix), encoding="utf-8")
 
-    say("compiling the runtime (the first time takes half a minute)")
+    if any(not _kept(triple, sources).is_dir() for triple, sources in runtimes):
+        say("compiling the runtime (only this first time; C libraries too, up to a minute)")
     _compile(work, model_sources, target.zig_triple)
     model_objects = [*(Path(source).with_suffix(".o").name for source in model_sources), "kernels.o"]
-    runtime = _runtime_objects(target.zig_triple, LIBRARY_SOURCES, work / "shared")
-    static = _runtime_objects(target.zig_static_triple, (*LIBRARY_SOURCES, "bench.c"), work / "static")
+    shared, static = (
+        _runtime_objects(triple, sources, work / folder)
+        for (triple, sources), folder in zip(runtimes, ("shared", "static"), strict=True)
+    )
 
     say("linking")
     with ThreadPoolExecutor(max_workers=2) as pool:
         jobs = [
-            pool.submit(_link_shared, work, target, [*model_objects, *runtime], directory / "libmodel.so"),
+            pool.submit(_link_shared, work, target, [*model_objects, *shared], directory / "libmodel.so"),
             pool.submit(_link_bench, work, target, [*model_objects, *static], directory / "bench"),
-            pool.submit(_archive, work, prefix, [*model_objects, *runtime], directory / "libmodel.a"),
+            pool.submit(_archive, work, prefix, [*model_objects, *shared], directory / "libmodel.a"),
         ]
         for job in jobs:
             job.result()
@@ -178,22 +185,27 @@ def _compile(folder: Path, sources: Iterable[str], triple: str) -> None:
         _zig(["cc", "-target", triple, *flags, "-c", source, "-o", str(Path(source).with_suffix(".o"))], folder)
 
 
-def _runtime_objects(triple: str, sources: Sequence[str], into: Path) -> list[str]:
-    """The runtime's objects for `triple`, copied into the folder `into`, from the cache if they are there."""
+def _kept(triple: str, sources: Sequence[str]) -> Path:
+    """Where the cache has the objects of these runtime sources, if it has them."""
     key = hashlib.sha256(repr((triple, C_FLAGS, metadata.version("ziglang"))).encode())
     for file in (*HEADERS, *sources):
         key.update(hashlib.sha256(_source(file)).digest())
-    kept = cache_folder() / "runtime" / key.hexdigest()[:32]
+    return cache_folder() / "runtime" / key.hexdigest()[:32]
+
+
+def _runtime_objects(triple: str, sources: Sequence[str], into: Path) -> list[str]:
+    """The runtime's objects for `triple`, put into the folder `into`, from the cache if they are there."""
+    kept = _kept(triple, sources)
     names = [Path(source).with_suffix(".o").name for source in sources]
     into.mkdir()
-    if not all((kept / name).is_file() for name in names):
+    if all((kept / name).is_file() for name in names):
+        for name in names:
+            (into / name).write_bytes((kept / name).read_bytes())
+    else:
         for file in (*HEADERS, *sources):
             (into / file).write_bytes(_source(file))
         _compile(into, sources, triple)
         _keep(into, names, kept)
-    else:
-        for name in names:
-            (into / name).write_bytes((kept / name).read_bytes())
     return [f"{into.name}/{name}" for name in names]
 
 

@@ -12,7 +12,7 @@
 #include "platform.h"
 
 #if defined(__x86_64__)
-#define SPINS 2000 /* some 30 us */
+#define SPINS 2000 /* some 50 us */
 #define RELAX() __builtin_ia32_pause()
 #else
 #define SPINS 8000
