@@ -7,7 +7,6 @@ from sparsec.passes.fold_batch_norm import FoldBatchNorm
 from sparsec.passes.fold_constants import FoldConstants
 from sparsec.passes.prune import Prune
 from sparsec.passes.remove_no_ops import RemoveNoOps
-
 from sparsec.passes_api import Pass
 
 # Built-in passes by `Pass.name`; adding one is adding a line here.

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
-from sparsec.passes.fold_constants import constant, remove_unused_initializers, static_shape
 
+from sparsec.passes.fold_constants import constant, remove_unused_initializers, static_shape
 from sparsec.passes_api import Context, Pass, PassResult
 
 WINDOWED = ("Conv", "MaxPool", "AveragePool", "LpPool")

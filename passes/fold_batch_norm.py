@@ -20,9 +20,9 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
+
 from sparsec.passes.fold_constants import constant, remove_unused_initializers, static_shape
 from sparsec.passes.layers import WeightedLayer, as_layer
-
 from sparsec.passes_api import Context, Pass, PassResult
 
 AFFINE = ("Mul", "Div", "Add", "Sub")

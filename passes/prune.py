@@ -12,7 +12,8 @@ all weights, those counted that were zero before:
     N:M      of M consecutive weights along IC at one kernel position the N largest |w| stay (a ragged rest keeps <= N)
 
 The total misses sparsity * sum |W| by at most half a block, unless there were more zeros before. Pruning what is
-already pruned changes nothing, because zero blocks come first and add no zero. Never changed: shapes, biases, layers that do not match.
+already pruned changes nothing, because zero blocks come first and add no zero. Where enough zeros were there before but
+scattered over the blocks, the pass refuses. Never changed: shapes, biases, layers that do not match.
 
 Magnitude pruning: Han et al. 2015, arXiv:1506.02626. Blocks: Gray et al. 2017, "GPU kernels for block-sparse weights".
 N:M: Mishra et al. 2021, arXiv:2104.08378. Layer collapse: Tanaka et al. 2020, arXiv:2006.05467.
@@ -26,9 +27,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
-from sparsec.passes.layers import WEIGHTED, WeightedLayer, block_sums, parse_block, select_layers, spread_blocks
 
 from sparsec.errors import RecipeError
+from sparsec.passes.layers import WEIGHTED, WeightedLayer, block_sums, parse_block, select_layers, spread_blocks
 from sparsec.passes_api import Context, Pass, PassResult
 
 
@@ -81,6 +82,8 @@ class Prune(Pass):
             masks = [n_of_m_mask(layer.read(), keep, group) for layer in layers]
         else:
             masks = self._block_masks(layers)
+        if not self.nm:
+            self._refuse_scattered(layers, masks)
         context = Context.of(model)
         modified = False
         for index, (layer, mask) in enumerate(zip(layers, masks, strict=True)):
@@ -88,14 +91,33 @@ class Prune(Pass):
             context.tell(f"prune {layer.name}", index + 1, len(layers))
         return PassResult(model, modified)
 
+    def _refuse_scattered(self, layers: Sequence[WeightedLayer], masks: Sequence[np.ndarray]) -> None:
+        """RecipeError if the zeros asked for exist already, but not in blocks: nothing would change, silently."""
+        weights = [layer.read() for layer in layers]
+        if any(np.any(w[~mask] != 0) for w, mask in zip(weights, masks, strict=True)):
+            return
+        rows, columns = parse_block(self.block)
+        total = sum(w.size for w in weights)
+        zeros = sum(w.size - int(np.count_nonzero(w)) for w in weights) / total
+        filled = 0
+        for w in weights:
+            dead = block_sums((w != 0).astype(np.int64), rows, columns) == 0
+            filled += int(spread_blocks(dead, rows, columns, w.shape).sum())
+        if filled / total < self._share / 2:
+            text = f"the matched layers are {zeros:.3f} zero already, but {self.block} blocks hold only"
+            raise RecipeError(f"{text} {filled / total:.3f} of the weights; ask for a sparsity above {zeros:.3f}")
+
+    @property
+    def _share(self) -> float:
+        return 0.5 if self.sparsity is None else self.sparsity
+
     def _block_masks(self, layers: Sequence[WeightedLayer]) -> list[np.ndarray]:
         rows, columns = parse_block(self.block)
-        sparsity = 0.5 if self.sparsity is None else self.sparsity
         grids = [_grid(layer.read(), rows, columns) for layer in layers]
         if self.scope == "layer":
-            kept = _keep_by_layer(grids, sparsity)
+            kept = _keep_by_layer(grids, self._share)
         else:
-            kept = _keep_globally(grids, sparsity, self.floor)
+            kept = _keep_globally(grids, self._share, self.floor)
         blocks = [k.reshape(grid.shape) for k, grid in zip(kept, grids, strict=True)]
         return [spread_blocks(b, rows, columns, layer.shape) for b, layer in zip(blocks, layers, strict=True)]
 

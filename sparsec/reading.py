@@ -47,12 +47,22 @@ def read_proto(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> onnx
 
 
 def check_proto(model: onnx.ModelProto, where: str) -> None:
-    """onnx.checker, its message on one line."""
+    """onnx.checker, its message on one line. Inputs and outputs may lack a shape, which it does not allow."""
+    unranked = [v.type.tensor_type for v in (*model.graph.input, *model.graph.output) if _is_unranked(v)]
+    for kind in unranked:
+        kind.shape.SetInParent()
     try:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
         text = " ".join(str(error).split())
         raise ModelError(f"not a valid ONNX model: {text[:400]}", where) from error
+    finally:
+        for kind in unranked:
+            kind.ClearField("shape")
+
+
+def _is_unranked(value: onnx.ValueInfoProto) -> bool:
+    return value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape")
 
 
 def _read_file(path: Path) -> bytes:
