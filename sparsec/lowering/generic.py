@@ -23,11 +23,13 @@ import onnx_ir
 import tvm
 from tvm import ir as tvm_ir
 from tvm import relax, te, tirx
+from tvm.relax.backend import DispatchSortScan
 from tvm.relax.frontend.onnx import from_onnx
+from tvm.relax.frontend.onnx.onnx_frontend import _get_convert_map
 
 from sparsec.errors import UnsupportedError
 from sparsec.kernels.base import Machine
-from sparsec.lowering.expand import expand_nodes
+from sparsec.lowering.expand import ExpansionError, expand_nodes
 from sparsec.lowering.nests import Nest, split_nests
 from sparsec.program import Kernel
 
@@ -221,7 +223,10 @@ def group_model(group: Sequence[onnx_ir.Node], opset: int) -> onnx.ModelProto:
             elif used:
                 types[value.name] = _value_info(value)
     known = {**inputs, **types, **{o.name: o for o in outputs}}
-    protos = expand_nodes([onnx_ir.to_proto(node) for node in group], known, initializers, opset)
+    try:
+        protos = expand_nodes([onnx_ir.to_proto(n) for n in group], known, initializers, _get_convert_map().keys(), opset)
+    except ExpansionError as error:
+        raise _Refused(str(error)) from error
     graph = onnx.helper.make_graph(
         protos, "group", list(inputs.values()), outputs, list(initializers.values()), value_info=list(types.values())
     )
@@ -238,6 +243,7 @@ def _import(model: onnx.ModelProto, fuse: bool) -> Any:
     """`model` as a Relax module whose main only calls PrimFuncs."""
     passes = [
         relax.transform.DecomposeOpsForInference(),
+        DispatchSortScan(),
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.FoldConstant(),
@@ -271,7 +277,7 @@ class _Walk:
         self.node = node
         self.temporaries: dict[str, tuple[tuple[int, ...], str]] = {}
         self.constants: dict[str, np.ndarray] = {}
-        self.outputs = [o.name for o in model.graph.output]
+        self.outputs = {o.name: o.type.tensor_type for o in model.graph.output}
         self.names: dict[Any, Any] = {}  # relax variable -> name, or tuple of names
         main = module["main"]
         for var, info in zip(main.params, model.graph.input, strict=True):
@@ -283,7 +289,12 @@ class _Walk:
         bindings = [b for block in self.main.body.blocks for b in block.bindings]
         result = self._returned(bindings)
         claimed: dict[tuple[Any, int], str] = {}  # result of a call -> the output it is
-        for name, expr in zip(self.outputs, result, strict=True):
+        for (name, expected), expr in zip(self.outputs.items(), result, strict=True):
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(expected.elem_type).name
+            shape = [d.dim_value for d in expected.shape.dim]
+            if str(expr.ty.dtype) != dtype or [int(d) for d in expr.ty.shape] != shape:
+                got = f"{expr.ty.dtype}{[int(d) for d in expr.ty.shape]}"
+                raise _Refused(f"Relax computes {got} where ONNX says {dtype}{shape}")
             item = isinstance(expr, tvm_ir.TupleGetItem)
             root = expr.tuple_value if item else expr
             if isinstance(root, relax.Var) and root not in self.names:
@@ -325,7 +336,7 @@ class _Walk:
         for i, ty in enumerate(types):
             name = claimed.get((var, i))
             if name is None:
-                name = f"{self.node}/{var.name}_{i}"
+                name = f"{self.node}/value{len(self.temporaries)}"
                 self.temporaries[name] = (tuple(int(d) for d in ty.shape), str(ty.dtype))
             results.append(name)
         self.names[var] = tuple(results) if isinstance(var.ty, tvm_ir.TupleType) else results[0]

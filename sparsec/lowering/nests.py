@@ -96,10 +96,10 @@ _LOWER = ir.transform.Sequential(
 
 def schedule(func: Any) -> Any:
     """`func` with cheap producers inlined and reductions ordered for vector code. Functions without blocks pass."""
-    sch = s_tir.Schedule(func, error_render_level="none")
     try:
+        sch = s_tir.Schedule(func, error_render_level="none")
         blocks = sch.get_child_blocks(sch.get_sblock("root"))
-    except (tvm.error.TVMError, ValueError):
+    except (RuntimeError, ValueError):
         return func
     for block in blocks:
         if _inlinable(sch, block):
@@ -118,7 +118,7 @@ def schedule(func: Any) -> Any:
 def _try(action: Callable[[], Any]) -> bool:
     try:
         action()
-    except (s_tir.ScheduleError, tvm.error.TVMError, ValueError):
+    except (RuntimeError, ValueError):  # ScheduleError and TVM's InternalError
         return False
     return True
 
@@ -602,6 +602,9 @@ class _Emit:
         """`y[base + var] = value` in vectors, then the rest in halves, then one by one."""
         if extent < 4 or _coefficient(store.indices[0], var) != 1 or not self._vectorizable(store.value):
             return None
+        own = _accesses(store.value).get(store.buffer, [])
+        if any(not tvm_ffi.structural_equal(indices[0], store.indices[0]) for _, indices in own):
+            return None  # an iteration reads what another one writes
         parts = []
         for start, count, width in _segments(extent, self.lanes):
             o, v = tirx.Var("o", str(var.ty.dtype)), tirx.Var("v", str(var.ty.dtype))
