@@ -10,7 +10,7 @@ from sparsec.lowering.calls import Call, Calls, Ref
 from sparsec.lowering.generic import lower_generic
 from sparsec.lowering.match import constant
 from sparsec.lowering.plan import plan
-from sparsec.lowering.select import RULES, Taken, declare, dims, roofline_us
+from sparsec.lowering.select import RULES, Context, Taken, declare, dims, roofline_us
 from sparsec.program import Layer, Program
 from sparsec.targets import Target
 
@@ -39,7 +39,7 @@ def schedule(graph: ir.Graph, target: Target) -> list[Taken | list[tuple[ir.Node
     for node in graph:
         if node in claimed:
             continue
-        taken = _first_rule(node, target)
+        taken = _first_rule(node, Context(target.machine, claimed))
         if isinstance(taken, Taken):
             claimed.update(taken.group.nodes)
             items.append((max(position[n] for n in taken.group.nodes), taken))
@@ -57,10 +57,10 @@ def schedule(graph: ir.Graph, target: Target) -> list[Taken | list[tuple[ir.Node
     return ordered
 
 
-def _first_rule(node: ir.Node, target: Target) -> Taken | str:
+def _first_rule(node: ir.Node, context: Context) -> Taken | str:
     refusals = []
     for rule in RULES:
-        answer = rule(node, target.machine)
+        answer = rule(node, context)
         if isinstance(answer, Taken):
             return answer
         if answer:

@@ -10,8 +10,9 @@ node stands, so that everything it reads is ready.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -237,23 +238,29 @@ def _bias(x: ir.Value) -> tuple[ir.Node, ir.Value] | None:
     return (node, other) if fits and other is not None else None
 
 
-def fuse(main: ir.Node, *, bias: bool = False, residual: bool = True, activation: bool = True) -> Group:
-    """`main` with all that can be fused behind it."""
+def fuse(
+    main: ir.Node, taken: Set[ir.Node], *, bias: bool = False, residual: bool = True, activation: bool = True
+) -> Group:
+    """`main` with all that can be fused behind it; `taken`: nodes that other groups hold already."""
+
+    def free(found: Any) -> Any:
+        return None if found is None or not taken.isdisjoint(found[1] if isinstance(found[1], list) else [found[0]]) else found
+
     value = main.outputs[0]
     nodes = [main]
     found_bias = None
-    if bias and (added := _bias(value)):
+    if bias and (added := free(_bias(value))):
         nodes.append(added[0])
         found_bias, value = added[1], added[0].outputs[0]
     applied, kind, other = NONE, "none", None
-    if activation and (found := find_activation(value)):
+    if activation and (found := free(find_activation(value))):
         applied, more, value = found
         nodes += more
-    if residual and (added := _residual(value)):
+    if residual and (added := free(_residual(value))):
         kind = "after" if applied != NONE else "before"
         nodes.append(added[0])
         other, value = added[1], added[0].outputs[0]
-        if activation and applied == NONE and (found := find_activation(value)):
+        if activation and applied == NONE and (found := free(find_activation(value))):
             applied, more, value = found
             nodes += more
     return Group(main, in_graph_order(nodes), value, found_bias, applied, kind, other)  # type: ignore[arg-type]

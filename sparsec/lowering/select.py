@@ -7,7 +7,7 @@ generic route through Relax, with the refusals as its reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,15 @@ class Taken:
     emit: Emitter
 
 
-Rule = Callable[[ir.Node, Machine], "Taken | str | None"]
+@dataclass(frozen=True)
+class Context:
+    """What a rule may look at besides its node."""
+
+    machine: Machine
+    taken: Set[ir.Node]  # nodes that earlier groups hold
+
+
+Rule = Callable[[ir.Node, Context], "Taken | str | None"]
 
 
 def roofline_us(machine: Machine, flops: float, moved: float) -> float:
@@ -155,7 +163,7 @@ def choose_conv(machine: Machine, geometry: conv.Geometry, w: np.ndarray) -> tup
     return form, tiling, candidates, reason, str(structure)
 
 
-def take_conv(node: ir.Node, machine: Machine) -> Taken | str | None:
+def take_conv(node: ir.Node, context: Context) -> Taken | str | None:
     """Conv, groups 1 or few, by the register-tile family; depthwise by its own."""
     if node.op_type != "Conv":
         return None
@@ -164,7 +172,7 @@ def take_conv(node: ir.Node, machine: Machine) -> Taken | str | None:
         return read
     x = node.inputs[0]
     assert x is not None
-    group = fuse(node)
+    group, machine = fuse(node, context.taken), context.machine
     if read.groups > 1 and depthwise.refusal(read.x_shape, read.w.shape, read.groups) is None:
         inputs = {"x": x} | ({"residual": group.other} if group.other is not None else {})
         call = depthwise.bind(
@@ -239,7 +247,7 @@ def _is_view(node: ir.Node) -> bool:
     return False
 
 
-def take_view(node: ir.Node, machine: Machine) -> Taken | str | None:
+def take_view(node: ir.Node, context: Context) -> Taken | str | None:
     """Reshape and its like: the same memory under another name."""
     if not _is_view(node):
         return None
@@ -254,7 +262,7 @@ def take_view(node: ir.Node, machine: Machine) -> Taken | str | None:
     return Taken(group, emit)
 
 
-def take_split(node: ir.Node, machine: Machine) -> Taken | str | None:
+def take_split(node: ir.Node, context: Context) -> Taken | str | None:
     """Split or unit-step Slice along the outermost axis that is not 1: parts of the same memory."""
     x = node.inputs[0] if node.inputs else None
     if node.op_type not in ("Split", "Slice") or x is None or x.const_value is not None:
@@ -298,7 +306,7 @@ def take_split(node: ir.Node, machine: Machine) -> Taken | str | None:
     return Taken(group, emit)
 
 
-def take_concat(node: ir.Node, machine: Machine) -> Taken | str | None:
+def take_concat(node: ir.Node, context: Context) -> Taken | str | None:
     """Concat along the outermost axis that is not 1: producers write into their part; others are copied."""
     if node.op_type != "Concat":
         return None
