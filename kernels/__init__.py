@@ -1,0 +1,18 @@
+"""Kernel families: TIR templates, one file a family, each with a `TABLE` of its variants."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+FAMILIES = ("conv", "depthwise", "gemm", "pool")
+
+
+def tables() -> tuple[Any, ...]:
+    """Every row of every family: `name`, `op`, `format`, `dtype`, `text`, and what the family adds. Imports TVM."""
+    rows: list[Any] = []
+    for family in FAMILIES:
+        if importlib.util.find_spec(f"{__name__}.{family}") is not None:
+            rows += importlib.import_module(f"{__name__}.{family}").TABLE
+    return tuple(rows)

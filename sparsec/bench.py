@@ -58,6 +58,17 @@ def comparable_names() -> list[str]:
     return [name for name in runtime_names() if name not in ELSEWHERE]
 
 
+def check_options(runs: int, threads: int | None, against: Sequence[str]) -> None:
+    """Raise UsageError for a number out of range or an unknown runtime in `against`."""
+    if runs < 1:
+        raise UsageError(f"expected at least 1, got {runs}", "--runs")
+    if threads is not None and not 1 <= threads <= 256:
+        raise UsageError(f"expected 1 to 256, got {threads}", "--threads")
+    for name in against:
+        if name not in comparable_names():
+            raise UsageError(f"cannot compare with {name!r}{suggest(name, comparable_names())}", "--against")
+
+
 def bench(
     artifact: Artifact,
     runs: int = 50,
@@ -70,13 +81,7 @@ def bench(
 
     Raises UsageError for an unknown name, RuntimeUnavailable if a runtime is not here.
     """
-    if runs < 1:
-        raise UsageError(f"expected at least 1, got {runs}", "--runs")
-    if threads is not None and not 1 <= threads <= 256:
-        raise UsageError(f"expected 1 to 256, got {threads}", "--threads")
-    for name in against:
-        if name not in comparable_names():
-            raise UsageError(f"cannot compare with {name!r}{suggest(name, comparable_names())}", "--against")
+    check_options(runs, threads, against)
     place = find_runtime(runtime, artifact)
     workers = threads or artifact.manifest["threads"]
     sample = read_parity(artifact)

@@ -93,14 +93,14 @@ def report(program: Program, model_bytes: bytes, sizes: Mapping[str, int] | None
     }
 
 
-def inspect_model(model: onnx_ir.Model, target: Target) -> dict[str, Any]:
-    """Report on an ONNX model as it is, lowered for `target` but not built."""
-    import onnx_ir as ir
+def inspect_model(model: onnx_ir.Model, target: Target, name: str = "model") -> dict[str, Any]:
+    """Report on a loaded ONNX model as it is, lowered for `target` but not built."""
+    from sparsec.load import model_bytes
+    from sparsec.lowering import lower
 
-    from sparsec.compiler import lower
-
-    program = lower(model, target)
-    result = report(program, ir.to_proto(model).SerializeToString())
+    data = model_bytes(model)
+    program = lower(model, target, name)
+    result = report(program, data)
     packed = sorted(program.constants, key=lambda c: c.offset)
     result["totals"]["gzip_bytes"] = _gzip(memoryview(c.data).cast("B") for c in packed if c.data.nbytes)
     return result
