@@ -111,7 +111,7 @@ def bind(
     out_channels, taps = w.shape[0], w.shape[2] * w.shape[3]
     multiplier = out_channels // channels
     window = planes.Window(height, width, (w.shape[2], w.shape[3]), strides, pads, dilations).flat()
-    resident = taps + 6 <= machine.registers  # the channel's weights stay in registers
+    resident = 2 * taps <= machine.registers + 2  # the channel's weights stay in registers
     spare = machine.registers - (taps if resident else 0) - window.kernel[1] - 1
     sweep = planes.plan(machine, window, n * out_channels, max(2, min(8, spare)), 1)
     in_plane, out_plane = height * width, window.shape[0] * window.shape[1]

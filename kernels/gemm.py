@@ -1,0 +1,448 @@
+"""Dense matrix products: with a constant weight (`gemm`: Gemm, MatMul, fully connected) and of two activations (`matmul`).
+
+    gemm     y[m, n] = act(bias[n] + sum over k of x[m, k] * w[n, k])
+    matmul   y[b, m, n] = sum over k of a[b, m, k] * c[b, k, n]          or c[b, n, k], transposed
+
+A register tile is R rows of x times V vectors of output columns: for each k, V loads of weights, R broadcast elements of x
+and R * V multiply-adds. Weights are stored by blocks of columns in the order they are read, `block[k][V * lanes]` with the
+bias as row 0; blocks and tiles at the right and lower edge are as narrow as what is left. Tiles follow columns outside and
+rows inside, so that a block of weights stays in L2 while the rows pass.
+
+Source: the GEBP register tile (Goto and van de Geijn, 2008) without packing x, which is small or read once.
+Written out by hand: the register tile's shape is chosen for the machine and both edges.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm.tirx.script.builder import ir as T
+
+from sparsec.kernels import emit
+from sparsec.kernels.base import KernelCall, Machine
+from sparsec.kernels.epilogue import NONE, Activation, Residual, finish, reference_finish
+
+
+@dataclass(frozen=True)
+class Format:
+    """A row of the table."""
+
+    name: str
+    op: str
+    format: str
+    dtype: str
+    text: str
+    requires: str
+
+
+TABLE: tuple[Format, ...] = (
+    Format("gemm_f32_dense", "Gemm, MatMul", "dense", "float32", "rows times a constant weight", "constant weight, rank 2"),
+    Format("matmul_f32", "MatMul", "dense", "float32", "batched product of two activations",
+           "equal batch, or one side shared by the whole batch"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """A vector of output columns: `lanes` from column `at`, of which the first `valid` exist."""
+
+    at: int
+    lanes: int
+    valid: int
+
+
+def parts_of(width: int, lanes: int) -> tuple[Part, ...]:
+    """Vectors that cover `width` columns; the last may be narrower."""
+    parts = [Part(i, lanes, lanes) for i in range(0, width - lanes + 1, lanes)]
+    rest = width % lanes
+    if rest:
+        narrow = 1 if rest == 1 else min(lanes, max(4, 1 << (rest - 1).bit_length()))
+        parts.append(Part(width - rest, narrow, rest))
+    return tuple(parts)
+
+
+def span(parts: Sequence[Part]) -> int:
+    """Columns stored for `parts`, the surplus lanes of the last included."""
+    return parts[-1].at + parts[-1].lanes
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Register tile of `rows` x `vectors` vectors of `lanes`."""
+
+    rows: int
+    vectors: int
+    lanes: int
+
+    @property
+    def width(self) -> int:
+        """Columns of a full block."""
+        return self.vectors * self.lanes
+
+
+def tile_cycles(machine: Machine, rows: int, parts: Sequence[Part]) -> float:
+    """Cycles for one k of a register tile: the larger of the FMA, load and issue bounds."""
+    # A vector narrower than the machine's counts as half where the units split (16 lanes), else in full.
+    share = sum(max(p.lanes / machine.lanes, 0.5 if machine.lanes == 16 else 1.0) for p in parts)
+    scalars = rows / 4 if machine.lane_fma else rows / (2 if machine.lanes == 16 else 1)
+    latency = 4.0 / 2  # a chain of four cycles, two iterations in flight
+    bounds = (
+        rows * share / machine.fma,
+        (share + scalars) / machine.loads,
+        (rows * len(parts) + len(parts) + scalars + 0.5) / machine.uops,
+    )
+    return max(*bounds, latency)
+
+
+def choose_tiling(machine: Machine, m: int, k: int, n: int) -> tuple[Tiling, float]:
+    """The cheapest register tile and the predicted cycles for m x k x n."""
+    best: tuple[float, int, Tiling] | None = None
+    lanes = machine.lanes
+    while lanes > 4 and n <= lanes // 2:
+        lanes //= 2
+    for rows in range(1, min(m, 14) + 1):
+        for vectors in range(1, 9):
+            quads = rows if machine.lane_fma else 1
+            if rows * vectors + vectors + quads > machine.registers - (0 if machine.lanes == 16 else 1):
+                continue
+            if vectors > 1 and (vectors - 1) * lanes >= n:
+                continue
+            tiling = Tiling(rows, vectors, lanes)
+            cycles = sum(
+                count * (tile_cycles(machine, r, parts) * k + 10 + 2 * r * len(parts))
+                for r, row_count in ((rows, m // rows), (m % rows, 1 if m % rows else 0))
+                for parts, columns in blocks_of(n, tiling)
+                for count in [row_count * columns]
+                if count
+            )
+            key = (cycles, -rows * vectors, tiling)
+            if best is None or key[:2] < best[:2]:
+                best = key
+    assert best is not None
+    return best[2], best[0]
+
+
+def predict_us(machine: Machine, m: int, k: int, n: int) -> float:
+    """Time on one thread: arithmetic, or streaming the weights."""
+    cycles = choose_tiling(machine, m, k, n)[1]
+    weights = 4 * k * n
+    if weights <= machine.l2_bytes:
+        stream = weights / (machine.l2_bytes_per_cycle * machine.ghz * 1e3)
+    else:
+        stream = weights / (machine.memory_gbps * 1e3)
+    return max(cycles / (machine.ghz * 1e3), stream)
+
+
+def blocks_of(n: int, tiling: Tiling) -> list[tuple[tuple[Part, ...], int]]:
+    """(parts, how many) of the full column blocks and of the narrower last one."""
+    full, rest = divmod(n, tiling.width)
+    found = [(parts_of(tiling.width, tiling.lanes), full)] if full else []
+    return found + ([(parts_of(rest, tiling.lanes), 1)] if rest else [])
+
+
+# --- reference and packing -------------------------------------------------------------------------------------------
+
+
+def reference(
+    x: np.ndarray,
+    w: np.ndarray,
+    bias: np.ndarray | None = None,
+    activation: Activation = NONE,
+    residual: Residual = "none",
+    other: np.ndarray | None = None,
+) -> np.ndarray:
+    """x [M, K] times w [N, K] transposed, in float64."""
+    y = x.astype(np.float64) @ w.astype(np.float64).T
+    return reference_finish(y if bias is None else y + bias, activation, residual, other)
+
+
+def reference_matmul(a: np.ndarray, b: np.ndarray, transposed: bool = False) -> np.ndarray:
+    """a [B, M, K] times b [B, K, N] (or [B, N, K]) in float64; a batch of 1 serves all."""
+    b = b.astype(np.float64)
+    return a.astype(np.float64) @ (b.swapaxes(1, 2) if transposed else b)
+
+
+def pack(w: np.ndarray, bias: np.ndarray | None, tiling: Tiling) -> np.ndarray:
+    """w [N, K], bias [N] or None -> flat blocks [1 + K][columns], row 0 the bias, surplus columns zero."""
+    n, k = w.shape
+    rows = np.zeros((k + 1, n), np.float32)
+    rows[0] = 0 if bias is None else bias
+    rows[1:] = w.T
+    packed, column = [], 0
+    for parts, count in blocks_of(n, tiling):
+        width = parts[-1].at + parts[-1].valid
+        for _ in range(count):
+            block = np.zeros((k + 1, span(parts)), np.float32)
+            block[:, :width] = rows[:, column : column + width]
+            packed.append(block.reshape(-1))
+            column += width
+    return np.concatenate(packed)
+
+
+def unpack(packed: np.ndarray, n: int, k: int, tiling: Tiling) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse of `pack`: w [N, K] and bias [N]."""
+    rows, at = [], 0
+    for parts, count in blocks_of(n, tiling):
+        for _ in range(count):
+            block = packed[at : at + (k + 1) * span(parts)].reshape(k + 1, -1)
+            rows.append(block[:, : parts[-1].at + parts[-1].valid])
+            at += block.size
+    whole = np.concatenate(rows, axis=1)
+    return whole[1:].T.copy(), whole[0].copy()
+
+
+# --- the register tile -----------------------------------------------------------------------------------------------
+
+
+class Accumulators:
+    """rows x parts accumulators, vectors of possibly different widths."""
+
+    def __init__(self, rows: int, parts: Sequence[Part]) -> None:
+        widths = [p.lanes for p in parts]
+        self._slot = {(r, p): rows * widths[:p].count(widths[p]) + r for r in range(rows) for p in range(len(parts))}
+        self._registers = {lanes: emit.registers(rows * widths.count(lanes), lanes) for lanes in set(widths)}
+        self._widths = widths
+
+    def get(self, r: int, p: int) -> Any:
+        """The value of one accumulator."""
+        return self._registers[self._widths[p]][self._slot[r, p]]
+
+    def set(self, r: int, p: int, value: Any) -> None:
+        """Replace one accumulator."""
+        T.buffer_store(self._registers[self._widths[p]], value, [self._slot[r, p]])
+
+
+def register_tile(
+    machine: Machine, rows: int, parts: Sequence[Part], depth: int, x: Any, x_at: Callable[[int], Any],
+    weights: Callable[[Any, Part], Any], start: Callable[[Part], Any], done: Callable[[int, Part, Any], None],
+) -> None:  # fmt: skip
+    """Accumulate `depth` products. `x_at(r)`: element of `x` where row r begins; `weights(k, part)`: a vector of row k."""
+    acc = Accumulators(rows, parts)
+    for p, part in enumerate(parts):
+        value = T.bind(start(part))
+        for r in range(rows):
+            acc.set(r, p, value)
+    bases = [T.bind(x_at(r)) for r in range(rows)]
+    unroll = 4 if machine.lane_fma else max(1, min(4, 24 // (rows * len(parts))))
+    unroll = min(unroll, depth)
+
+    def steps(k: Any, count: int) -> None:
+        by_quads = machine.lane_fma and count == 4
+        quads = [T.bind(emit.load(x, base + k, 4)) for base in bases] if by_quads else []
+        for u in range(count):
+            loaded = [T.bind(weights(k + u, part)) for part in parts]
+            for r in range(rows):
+                for p, part in enumerate(parts):
+                    if by_quads and part.lanes == 4:
+                        factor = emit.lane(quads[r], u, 4)
+                    else:
+                        factor = emit.splat(x[bases[r] + k + u], part.lanes)
+                    acc.set(r, p, acc.get(r, p) + factor * loaded[p])
+
+    if depth >= unroll > 0:
+        with T.serial(0, depth // unroll) as i:
+            steps(i * unroll, unroll)
+    if unroll and depth % unroll:
+        steps(depth - depth % unroll, depth % unroll)
+    for r in range(rows):
+        for p, part in enumerate(parts):
+            done(r, part, acc.get(r, p))
+
+
+def _name(stem: str, *facts: Any) -> str:
+    return f"{stem}_{hashlib.sha256(repr(facts).encode()).hexdigest()[:10]}"
+
+
+def _choose(index: Any, cases: Sequence[tuple[int, Callable[[], None]]]) -> None:
+    """Emit `index < cases[0][0] ? cases[0] : cases[1]`, or the one case there is."""
+    if len(cases) == 1:
+        cases[0][1]()
+        return
+    with T.If(index < cases[0][0]):
+        with T.Then():
+            cases[0][1]()
+        with T.Else():
+            cases[1][1]()
+
+
+# --- constant weight -------------------------------------------------------------------------------------------------
+
+
+def bind(
+    machine: Machine,
+    *,
+    m: int,
+    w: np.ndarray,
+    bias: np.ndarray | None = None,
+    activation: Activation = NONE,
+    residual: Residual = "none",
+    tiling: Tiling | None = None,
+) -> KernelCall:
+    """The call for x [m, K] times w [N, K] transposed: leading dimensions of x fold into m, alpha and beta into w and bias.
+
+    Roles (x, y[, residual], weights). Tiles: column blocks times row blocks. y must not overlap x or residual.
+    """
+    n, k = w.shape
+    tiling = tiling or choose_tiling(machine, m, k, n)[0]
+    packed = pack(w, bias, tiling)
+    row_blocks = -(-m // tiling.rows)
+    blocks = blocks_of(n, tiling)
+    column_blocks = sum(count for _, count in blocks)
+
+    def body(*buffers: Any) -> None:
+        x, y, weights = buffers[0], buffers[1], buffers[-3]
+        begin, end = buffers[-2:]
+
+        def one(row: Any, rows: int, column_block: Any, parts: Sequence[Part]) -> None:
+            width = span(parts)
+            base = T.bind(column_block * ((k + 1) * tiling.width))
+            out = T.bind(row * n + column_block * tiling.width)
+
+            def done(r: int, part: Part, value: Any) -> None:
+                at = out + r * n + part.at
+                other = emit.load(buffers[2], at, part.lanes) if residual != "none" else None
+                emit.store(y, at, finish(value, activation, residual, other), part.lanes, part.valid)
+
+            register_tile(
+                machine, rows, parts, k, x, lambda r: (row + r) * k,
+                lambda kk, part: emit.load(weights, base + (kk + 1) * width + part.at, part.lanes),
+                lambda part: emit.load(weights, base + part.at, part.lanes), done,
+            )  # fmt: skip
+
+        with T.serial(begin, end) as t:
+            column_block = T.bind(t // row_blocks)
+            row = T.bind(t % row_blocks)
+
+            def rows_of(parts: Sequence[Part]) -> None:
+                cases: list[tuple[int, Callable[[], None]]] = []
+                for rows, count in ((tiling.rows, m // tiling.rows), (m % tiling.rows, 1 if m % tiling.rows else 0)):
+                    if count:
+                        cases.append((count, lambda rows=rows: one(row * tiling.rows, rows, column_block, parts)))
+                _choose(row, cases)
+
+            _choose(column_block, [(count, lambda parts=parts: rows_of(parts)) for parts, count in blocks])
+
+    sizes = {"x": m * k, "y": m * n, "residual": m * n, "weights": packed.size}
+    roles = ("x", "y", "residual", "weights") if residual != "none" else ("x", "y", "weights")
+    func = emit.function([(role, sizes[role], "float32") for role in roles], body)
+    name = _name(f"gemm_f32_dense_{tiling.rows}x{tiling.width}", m, k, n, tiling, activation, residual, machine)
+    text = f"{m}x{k} times {k}x{n}, tiles {tiling.rows}x{tiling.width}, {activation.name}, residual {residual}"
+    return KernelCall(name, func, roles, {"weights": packed}, row_blocks * column_blocks, 0, text)
+
+
+# --- two activations -------------------------------------------------------------------------------------------------
+
+
+def transpose_panel(
+    source: Any, row_at: Callable[[int], Any], rows: int, depth: int, panel: Any, pitch: int
+) -> None:
+    """panel[k * pitch + i] = source[row_at(i) + k] for i < rows, k < depth: squares of 4 x 4 through registers."""
+
+    def square(k: Any, i: int) -> None:
+        loaded = [T.bind(emit.load(source, row_at(i + j) + k, 4)) for j in range(4)]
+        for c in range(4):
+            emit.store(panel, (k + c) * pitch + i, T.Shuffle(loaded, [4 * j + c for j in range(4)]), 4)
+
+    whole = rows - rows % 4
+    if whole and depth >= 4:
+        with T.serial(0, depth // 4) as q:
+            for i in range(0, whole, 4):
+                square(q * 4, i)
+    for i in range(rows):
+        first = depth - depth % 4 if i < whole else 0
+        if first < depth:
+            with T.serial(first, depth) as k:
+                T.buffer_store(panel, source[row_at(i) + k], [k * pitch + i])
+
+
+def bind_matmul(
+    machine: Machine,
+    *,
+    batch: int,
+    m: int,
+    k: int,
+    n: int,
+    transposed: bool = False,
+    a_shared: bool = False,
+    b_shared: bool = False,
+    scale: float = 1.0,
+    activation: Activation = NONE,
+) -> KernelCall:
+    """The call for `act(scale * a @ b)` of two activations: a [batch, m, k], b [batch, k, n], or [batch, n, k] if `transposed`.
+
+    `a_shared`, `b_shared`: that side has no batch axis, or one of length 1. Roles (a, b, y[, scratch]). Tiles: batch
+    times column blocks times chunks of rows. A transposed block of b is turned in scratch once and serves all rows.
+    """
+    tiling = choose_tiling(machine, m, k, n)[0]
+    column_blocks = -(-n // tiling.width)
+    full = n // tiling.width
+    scratch = k * tiling.width * 4 if transposed else 0
+    full_rows = m // tiling.rows
+    # Few tiles are cut by rows too, so that threads have work; each chunk turns the block of b for itself.
+    per_chunk = max(1, full_rows // max(1, -(-8 // (batch * column_blocks))))
+    chunks = max(1, -(-full_rows // per_chunk))
+
+    def body(*buffers: Any) -> None:
+        a, b, y = buffers[:3]
+        panel = buffers[3] if transposed else None
+        begin, end = buffers[-2:]
+
+        def one(item: Any, column: Any, parts: Sequence[Part], chunk: Any) -> None:
+            a_base = 0 if a_shared else T.bind(item * (m * k))
+            b_base = T.bind((0 if b_shared else item * (k * n)) + (column * k if transposed else column))
+            out = T.bind(item * (m * n) + column)
+            if transposed:
+                width = parts[-1].at + parts[-1].valid
+                transpose_panel(b, lambda i: b_base + i * k, width, k, panel, tiling.width)
+
+            def weights(kk: Any, part: Part) -> Any:
+                if transposed:
+                    return emit.load(panel, kk * tiling.width + part.at, part.lanes)
+                return emit.load(b, b_base + kk * n + part.at, part.lanes)
+
+            def rows_from(row: Any, rows: int) -> None:
+                def done(r: int, part: Part, value: Any) -> None:
+                    scaled = value if scale == 1.0 else value * emit.splat(T.float32(scale), part.lanes)
+                    emit.store(y, out + (row + r) * n + part.at, finish(scaled, activation), part.lanes, part.valid)
+
+                register_tile(
+                    machine, rows, parts, k, a, lambda r: a_base + (row + r) * k, weights,
+                    lambda part: emit.splat(T.float32(0), part.lanes), done,
+                )  # fmt: skip
+
+            if full_rows:
+                with T.serial(chunk * per_chunk, T.min((chunk + 1) * per_chunk, full_rows)) as i:
+                    rows_from(i * tiling.rows, tiling.rows)
+            if m % tiling.rows and chunks == 1:
+                rows_from(m - m % tiling.rows, m % tiling.rows)
+            elif m % tiling.rows:
+                with T.If(chunk == chunks - 1), T.Then():
+                    rows_from(m - m % tiling.rows, m % tiling.rows)
+
+        with T.serial(begin, end) as t:
+            chunk = T.bind(t % chunks) if chunks > 1 else 0
+            item = T.bind(t // (column_blocks * chunks))
+            block = T.bind(t // chunks % column_blocks)
+            cases: list[tuple[int, Callable[[], None]]] = []
+            if full:
+                whole = parts_of(tiling.width, tiling.lanes)
+                cases.append((full, lambda: one(item, block * tiling.width, whole, chunk)))
+            if n % tiling.width:
+                last = parts_of(n % tiling.width, tiling.lanes)
+                cases.append((column_blocks, lambda: one(item, full * tiling.width, last, chunk)))
+            _choose(block, cases)
+
+    b_size = (1 if b_shared else batch) * k * n
+    arguments = [("a", (1 if a_shared else batch) * m * k, "float32"), ("b", b_size, "float32"), ("y", batch * m * n, "float32")]
+    if transposed:
+        arguments.append(("scratch", scratch // 4, "float32"))
+    func = emit.function(arguments, body)
+    facts = (batch, m, k, n, transposed, a_shared, b_shared, scale, activation, tiling, machine)
+    stem = f"matmul_f32{'_t' if transposed else ''}_{tiling.rows}x{tiling.width}"
+    text = f"{batch} x {m}x{k} times {k}x{n}{' transposed' if transposed else ''}, tiles {tiling.rows}x{tiling.width}"
+    roles = tuple(argument[0] for argument in arguments)
+    return KernelCall(_name(stem, *facts), func, roles, {}, batch * column_blocks * chunks, scratch, text)
