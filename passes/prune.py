@@ -33,6 +33,9 @@ from sparsec.passes.layers import WEIGHTED, WeightedLayer, block_sums, parse_blo
 from sparsec.passes_api import Context, Pass, PassResult
 
 
+SCATTERED = 0.75  # zeros count as scattered if blocks of zeros are less than this part of the share asked for
+
+
 @dataclass(frozen=True)
 class Prune(Pass):
     """Zero the least important weights, by magnitude: unstructured, RxC blocks or N:M.
@@ -103,7 +106,7 @@ class Prune(Pass):
         for w in weights:
             dead = block_sums((w != 0).astype(np.int64), rows, columns) == 0
             filled += int(spread_blocks(dead, rows, columns, w.shape).sum())
-        if filled / total < self._share / 2:
+        if zeros >= self._share and filled / total < SCATTERED * self._share:
             text = f"the matched layers are {zeros:.3f} zero already, but {self.block} blocks hold only"
             raise RecipeError(f"{text} {filled / total:.3f} of the weights; ask for a sparsity above {zeros:.3f}")
 

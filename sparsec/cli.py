@@ -200,7 +200,7 @@ def rewrite_verb(
     start = time.perf_counter()
     with staged_file(Path(output), overwrite) as stage:
         from sparsec.compiler import rewrite
-        from sparsec.load import model_bytes
+        from sparsec.loading import model_bytes
 
         with progress() as say:
             result = rewrite(
@@ -243,7 +243,7 @@ def inspect_verb(
         from sparsec.targets import find_target
 
         machine = find_target(target or "host", cpu, system)
-        from sparsec.load import load_model
+        from sparsec.loading import load_model
 
         notes: list[str] = []
         with progress() as say:

@@ -25,7 +25,7 @@ from sparsec.build import build, pack_parity
 from sparsec.codegen import kernel_text
 from sparsec.data import Data, Images, InputSpec, load_data
 from sparsec.errors import CheckError, RuntimeUnavailable, UsageError
-from sparsec.load import load_model, model_bytes
+from sparsec.loading import load_model, model_bytes
 from sparsec.lowering import lower
 from sparsec.passes_api import resolve_passes
 from sparsec.pipeline import run_passes
@@ -33,7 +33,7 @@ from sparsec.program import Program
 from sparsec.recipe import Recipe, load_recipe
 from sparsec.targets import Target, find_target
 from sparsec.tolerance import tolerances
-from sparsec.verify import parity_sample, verify
+from sparsec.verify import parity_sample, read_parity, verify
 
 Model = str | _os.PathLike[str] | bytes | onnx.ModelProto | ir.Model
 Calibration = str | Path | Mapping[str, np.ndarray] | Images
@@ -214,7 +214,7 @@ def _destination(output: Any, name: str, overwrite: bool) -> Iterator[tuple[Path
 def _prove(artifact: Artifact) -> tuple[list[str], dict[str, Any] | None]:
     """Run the artifact where that is possible and compare. CheckError if it disagrees."""
     try:
-        result = verify(artifact)
+        result = verify(artifact, data=read_parity(artifact))
     except RuntimeUnavailable as error:
         return [f"not run on this machine: {error}"], None
     if not result.passed:

@@ -14,12 +14,12 @@ import onnx_ir as ir
 from onnx_ir.passes import PassResult
 
 from sparsec.errors import CheckError, RecipeError, SparsecError, UsageError
-from sparsec.load import model_bytes
+from sparsec.loading import model_bytes
 from sparsec.passes.fold_constants import quiet_session
 from sparsec.passes_api import META_KEY, Context, PassStep, Progress, as_step
 from sparsec.tolerance import derive_tolerance
 
-# Folding rounds each weight once more: u * sqrt(3 k) instead of the u * sqrt(2 k) of two implementations (tolerance.py),
+# Folding rounds each weight once more, u * sqrt(3 k) not the u * sqrt(2 k) of two implementations (tolerance.py),
 # and values inside the model may be larger than its outputs.
 ROUNDED_AGAIN = 2.0
 
