@@ -103,6 +103,23 @@ def _mean(node: onnx.NodeProto, context: _Context) -> list[onnx.NodeProto] | Non
     return [helper.make_node("Sum", node.input, [total]), helper.make_node("Div", [total, count], [output])]
 
 
+def _pow(node: onnx.NodeProto, context: _Context) -> list[onnx.NodeProto] | None:
+    """Small whole powers as products: exact, vectors instead of a call, and right for negative bases."""
+    x, exponent = node.input
+    if exponent not in context.initializers or context.value(exponent).size != 1:
+        return None
+    power = float(context.value(exponent).reshape(()))
+    if context.shape(exponent) not in ((), (1,)) or power not in (1, 2, 3, 4) or not context.shape(x):
+        return None
+    output, square = node.output[0], f"{node.output[0]}/square"
+    if power == 1:
+        return [helper.make_node("Identity", [x], [output])]
+    if power == 2:
+        return [helper.make_node("Mul", [x, x], [output])]
+    other = x if power == 3 else square
+    return [helper.make_node("Mul", [x, x], [square]), helper.make_node("Mul", [square, other], [output])]
+
+
 def _one_hot(node: onnx.NodeProto, context: _Context) -> list[onnx.NodeProto]:
     indices, depth, values = node.input
     classes = int(context.value(depth).reshape(-1)[0])
@@ -272,5 +289,6 @@ _EXPANSIONS: dict[str, Callable[[onnx.NodeProto, _Context], list[onnx.NodeProto]
     "Max": _chain,
     "Mean": _mean,
     "OneHot": _one_hot,
+    "Pow": _pow,
     "Resize": _resize,
 }

@@ -29,9 +29,10 @@ from sparsec.program import MAX_ARGS
 STACK_BYTES = 1024  # a local buffer at most; larger ones would need a workspace
 MIN_TILES = 16  # enough to balance a phone's cores; more only cost index arithmetic
 FLAT_TILE = 1024  # elements of a tile of a flat elementwise loop
+MAX_BLOCK = 256  # elements of an output row that one tile sums up
 SMALL_WORK = 8192  # operations below which two steps cost more to hand out than to run in one thread
 CHEAP_OPS = 4  # operations of a producer that may be computed again for each use
-VECTOR_CALLS = frozenset(f"tirx.{name}" for name in ("exp", "sqrt", "sigmoid", "floor", "ceil", "fabs", "log", "trunc"))
+VECTOR_CALLS = frozenset(f"tirx.{name}" for name in ("exp", "tanh", "sqrt", "sigmoid", "floor", "ceil", "fabs", "log", "trunc"))
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ Loops = list[tuple[Var, int]]
 class _Group:
     loops: Loops  # leading loops
     body: Any
+    independent: int = 0  # so many leading loops are independent by construction
 
 
 def split_nests(func: Any, lanes: int) -> tuple[list[Nest], dict[str, tuple[tuple[int, ...], str]]]:
@@ -68,7 +70,7 @@ def split_nests(func: Any, lanes: int) -> tuple[list[Nest], dict[str, tuple[tupl
         groups.append(_Group(loops, body))
     names = {buffer: f"p{i}" for i, buffer in enumerate(lowered.params)}
     names.update({buffer: f"t{i}" for i, buffer in enumerate(allocated)})
-    groups = _fuse(groups)
+    groups = _fuse(_pair_with_start(groups))
     users: dict[Any, int] = {}
     for group in groups:
         for buffer in _accesses(group.body):
@@ -197,9 +199,7 @@ def _vector_axis(store: Any, spatial: list[Any], reduced: Any) -> int | None:
     def contiguous(var: Any) -> bool:
         return all(_stride(load.source, load.indices, var) in (0, 1) for load in loads)
 
-    if contiguous(spatial[axis].var) or not contiguous(reduced.var) or int(reduced.dom.extent) < 4:
-        return axis
-    return None
+    return axis if contiguous(spatial[axis].var) or not contiguous(reduced.var) else None
 
 
 # ---- 2. loops: fusing neighbours
@@ -299,6 +299,35 @@ def _independent(stmt: Any, loops: Loops) -> int:
     return count
 
 
+def _pair_with_start(groups: list[_Group]) -> list[_Group]:
+    """Join `for s: y[s] = c` with `for r...: for s: y[s] = y[s] op ...` behind it, in blocks of s."""
+    result: list[_Group] = []
+    for group in groups:
+        first = result[-1] if result else None
+        if first is None or not _starts(first, group):
+            result.append(group)
+            continue
+        (s0, extent), (s, _) = first.loops[0], group.loops[-1]
+        block = max((d for d in range(1, MAX_BLOCK + 1) if extent % d == 0), key=lambda d: (d % 16 == 0, d))
+        outer, dtype = tirx.Var("s", str(s.ty.dtype)), str(s.ty.dtype)
+        a, b = tirx.Var("s", dtype), tirx.Var("s", dtype)
+        head = _for(a, block, _substitute(first.body, {s0: outer * block + a}))
+        tail = _wrap([*group.loops[:-1], (b, block)], _substitute(group.body, {s: outer * block + b}))
+        result[-1] = _Group([(outer, extent // block)], _seq([head, tail]), 1)
+    return result
+
+
+def _starts(first: _Group, second: _Group) -> bool:
+    if len(first.loops) != 1 or len(second.loops) < 2 or first.loops[0][1] != second.loops[-1][1]:
+        return False
+    if not isinstance(first.body, tirx.BufferStore) or not isinstance(second.body, tirx.BufferStore):
+        return False
+    y, s0, s = first.body.buffer, first.loops[0][0], second.loops[-1][0]
+    if not second.body.buffer.same_as(y) or _accesses(first.body.value) or _accumulation(second.body) is None:
+        return False
+    return _is_local(_accesses(first.body)[y], s0) is not None and _is_local(_accesses(second.body)[y], s) is not None
+
+
 def _fuse(groups: list[_Group]) -> list[_Group]:
     result: list[_Group] = []
     for group in groups:
@@ -328,7 +357,7 @@ def _fuse_pair(first: _Group, second: _Group) -> _Group | None:
         if _independent(body, first.loops[:depth]) == depth:
             return _Group(first.loops[:depth], body)
     work = [_operations(_wrap(g.loops, g.body)) for g in (first, second)]
-    if sum(work) <= SMALL_WORK:
+    if sum(work) <= SMALL_WORK:  # in sequence, one tile
         return _Group([], _seq([_wrap(first.loops, first.body), _wrap(second.loops, second.body)]))
     return None
 
@@ -337,7 +366,7 @@ def _fuse_pair(first: _Group, second: _Group) -> _Group | None:
 
 
 def _nest(group: _Group, names: dict[Any, str], private: set[Any], lanes: int) -> Nest:
-    independent = _independent(group.body, group.loops)
+    independent = max(group.independent, _independent(group.body, group.loops))
     accesses = _accesses(group.body)
     local: dict[Any, list[int]] = {}  # buffer -> dimensions that the tile fixes
     for buffer in accesses:
