@@ -63,6 +63,8 @@ def _format(rows: int, columns: int) -> Format:
     return Format(f"conv_f32_{block}", "Conv", block, "float32", rows, columns, f"convolution, weights in {what}")
 
 
+_UNROLL = 4  # dense columns a round of the inner loop
+
 DENSE = Format("conv_f32_dense", "Conv", "dense", "float32", 0, 1, "convolution, dense weights")
 TABLE: tuple[Format, ...] = (DENSE, *(_format(r, c) for r, c in ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (4, 4), (8, 4), (1, 4))))
 
@@ -477,6 +479,7 @@ def _convolution(
     length = -(-min(out_width, 16) // tiling.lanes) * tiling.lanes
     tap_table = not (pointwise and all_live)
     block = packed.rows * packed.columns
+    unroll = _UNROLL if machine.lane_fma else 1  # LLVM unrolls by itself for x86 but not for Arm
 
     constants: dict[str, np.ndarray] = {"values": packed.values}
     # One int32 array: block pointers, taps, copy pointers, copies; each where it is needed.
@@ -540,23 +543,31 @@ def _convolution(
                 for p, (_, lanes, _) in enumerate(parts):
                     register, i = slot[r, p]
                     T.buffer_store(register, emit.splat(initial, lanes), [i])
-            with T.serial(0, hi - lo) as b:
-                if packed.sparse:
-                    row_base = T.bind(T.cast(buffers["index"][lo + b], "int32") * width)
-                for c in range(packed.columns if packed.sparse else 1):
-                    weights_at = values_at + b * (rows * packed.columns if packed.sparse else rows) + c * rows
-                    panel_at = (row_base + c * width) if packed.sparse else b * width
-                    by_quads = machine.lane_fma and rows % 4 == 0
-                    quads = [emit.load(buffers["values"], weights_at + 4 * q, 4) for q in range(rows // 4)] if by_quads else []
-                    for p, (at, lanes, _) in enumerate(parts):
-                        activations = emit.load(panel, panel_at + at, lanes)
-                        for r in range(rows):
-                            if by_quads and lanes == 4:
-                                weight = emit.lane(quads[r // 4], r % 4, 4)
-                            else:
-                                weight = emit.splat(buffers["values"][weights_at + r], lanes)
-                            register, i = slot[r, p]
-                            T.buffer_store(register, register[i] + weight * activations, [i])
+            def column(panel_at: Any, weights_at: Any) -> None:
+                by_quads = machine.lane_fma and rows % 4 == 0
+                quads = [emit.load(buffers["values"], weights_at + 4 * q, 4) for q in range(rows // 4)] if by_quads else []
+                for p, (at, lanes, _) in enumerate(parts):
+                    activations = emit.load(panel, panel_at + at, lanes)
+                    for r in range(rows):
+                        if by_quads and lanes == 4:
+                            weight = emit.lane(quads[r // 4], r % 4, 4)
+                        else:
+                            weight = emit.splat(buffers["values"][weights_at + r], lanes)
+                        register, i = slot[r, p]
+                        T.buffer_store(register, register[i] + weight * activations, [i])
+
+            if packed.sparse:
+                with T.serial(0, hi - lo) as b:
+                    row = T.bind(T.cast(buffers["index"][lo + b], "int32") * width)
+                    for c in range(packed.columns):
+                        column(row + c * width, values_at + (b * packed.columns + c) * rows)
+            else:
+                whole_rounds = depth // unroll
+                with T.serial(0, whole_rounds) as b:
+                    for u in range(unroll):
+                        column((b * unroll + u) * width, values_at + (b * unroll + u) * rows)
+                for k in range(whole_rounds * unroll, depth):
+                    column(k * width, values_at + k * rows)
             for r in range(rows):
                 for p, (at, lanes, valid) in enumerate(parts):
                     register, i = slot[r, p]
