@@ -51,8 +51,8 @@ def test_accuracy_on_held_out_images(held_out: tuple[np.ndarray, np.ndarray]) ->
 
 def test_half_of_the_blocks_may_go_but_not_four_fifths(held_out: tuple[np.ndarray, np.ndarray]) -> None:
     dense = _accuracy(models.build("demo"), held_out)
-    assert _accuracy(_pruned(0.5), held_out) > dense - 0.04
-    assert _accuracy(_pruned(0.8), held_out) < dense - 0.10
+    assert _accuracy(_pruned(0.5), held_out) > dense - 0.07
+    assert _accuracy(_pruned(0.8), held_out) < dense - 0.20
 
 
 def test_the_file_is_small_and_what_the_table_of_layers_says() -> None:
