@@ -1,0 +1,40 @@
+# `make demo` and `make test` set everything up on a fresh machine; the rest is for those who work here.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: help demo test lint types wheel clean qemu
+
+help:
+	@echo "make demo    install, then compile, run and verify the shipped model on host and arm"
+	@echo "make test    install, then run the whole suite"
+	@echo "make lint    ruff          make types   mypy"
+	@echo "make wheel   build the wheel into dist/"
+
+$(BIN)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("sparsec needs Python 3.11 or newer, this is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test,lint]'
+	@touch $@
+
+demo: $(BIN)/.installed
+	$(BIN)/python tools/demo.py
+
+test: $(BIN)/.installed
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(BIN)/.installed
+	$(BIN)/mypy -p sparsec
+
+wheel: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build --wheel --outdir dist .
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
