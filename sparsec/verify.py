@@ -208,19 +208,21 @@ def verify(
     runtime: str | None = None,
     preprocess: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    random_samples: int = RANDOM_SAMPLES,
 ) -> Verification:
     """Run `artifact` on `runtime` (default: its own) and ONNX Runtime on its model.onnx, and compare.
 
-    `data`: samples to compare on, with labels for accuracy; without it the parity sample and random ones. `against`:
-    the model before any pass, for fidelity. Never raises because results differ; see `.passed`.
+    `data`: samples to compare on, with labels for accuracy; without it the parity sample and
+    `random_samples` more. `against`: the model before any pass, for fidelity. Never raises because results differ; see
+    `.passed`.
     """
     from sparsec.runtimes.base import find_runtime
     from sparsec.runtimes.ort import OrtSession
 
     opened = load_data(data, artifact.inputs, preprocess) if data is not None else None
-    samples: Iterable[Arrays] = opened if opened is not None else list(_own_samples(artifact))
+    samples: Iterable[Arrays] = opened if opened is not None else list(_own_samples(artifact, random_samples))
     labels = opened.labels if opened is not None else None
-    total = len(opened) if opened is not None else 1 + RANDOM_SAMPLES
+    total = len(opened) if opened is not None else 1 + random_samples
     where = find_runtime(runtime, artifact)
     names = [spec.name for spec in artifact.outputs]
     allowed = artifact.manifest["tolerances"]
@@ -271,11 +273,11 @@ def _top1(output: np.ndarray) -> int:
     return int(output.reshape(-1).argmax()) if output.size else -1
 
 
-def _own_samples(artifact: Artifact) -> Iterator[Arrays]:
+def _own_samples(artifact: Artifact, count: int) -> Iterator[Arrays]:
     """The parity sample, then the same integers with random floating-point values."""
     sample = read_parity(artifact)
     yield sample
-    for i in range(RANDOM_SAMPLES):
+    for i in range(count):
         drawn = random_sample(artifact.inputs, _SEED + 1 + i)
         yield {name: drawn[name] if value.dtype.kind == "f" else value for name, value in sample.items()}
 
