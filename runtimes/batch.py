@@ -189,7 +189,7 @@ _MARK = "sparsec-exit="
 
 def marked(command: str) -> str:
     """`command` with its exit code as the last line: not every transport passes the code on."""
-    return f"( {command} ); echo; echo {_MARK}$?"
+    return f"( {command} ); code=$?; echo; echo {_MARK}$code"
 
 
 def unmarked(stdout: bytes, stderr: bytes, where: str, fallback: int) -> Done:
