@@ -66,7 +66,10 @@ def _format(rows: int, columns: int) -> Format:
 _UNROLL = 4  # dense columns a round of the inner loop
 
 DENSE = Format("conv_f32_dense", "Conv", "dense", "float32", 0, 1, "convolution, dense weights")
-TABLE: tuple[Format, ...] = (DENSE, *(_format(r, c) for r, c in ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (4, 4), (8, 4), (1, 4))))
+TABLE: tuple[Format, ...] = (
+    DENSE,
+    *(_format(r, c) for r, c in ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (4, 4), (8, 4), (1, 4))),
+)
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,9 @@ class Tiling:
         parts = [(i * self.lanes, self.lanes, self.lanes) for i in range(pixels // self.lanes)]
         rest = pixels % self.lanes
         if rest:
-            parts.append((pixels - rest, min(self.lanes, max(4, 1 << (rest - 1).bit_length())) if rest > 1 else 1, rest))
+            parts.append(
+                (pixels - rest, min(self.lanes, max(4, 1 << (rest - 1).bit_length())) if rest > 1 else 1, rest)
+            )
         return tuple(parts)
 
 
@@ -197,7 +202,9 @@ def reference(
     y = np.zeros((n, oc, oh, ow))
     for kh in range(w.shape[2]):
         for kw in range(w.shape[3]):
-            window = padded[:, :, kh * dh : kh * dh + (oh - 1) * sh + 1 : sh, kw * dw : kw * dw + (ow - 1) * sw + 1 : sw]
+            window = padded[
+                :, :, kh * dh : kh * dh + (oh - 1) * sh + 1 : sh, kw * dw : kw * dw + (ow - 1) * sw + 1 : sw
+            ]
             y += np.einsum("oc,nchw->nohw", w[:, :, kh, kw].astype(np.float64), window)
     if bias is not None:
         y += bias[None, :, None, None]
@@ -297,7 +304,9 @@ def tile_cycles(
     weights = -(-rows // 4) if machine.lane_fma else rows / 2
     loads = (sum(shares) + weights + indexed) / machine.loads
     issue = (rows * len(parts) + len(parts) + weights + 2 * indexed + 1) / machine.uops
-    from_l2 = 4 * sum(lanes for _, lanes, _ in parts) / machine.l2_bytes_per_cycle if panel_bytes > machine.l1_bytes else 0.0
+    from_l2 = (
+        4 * sum(lanes for _, lanes, _ in parts) / machine.l2_bytes_per_cycle if panel_bytes > machine.l1_bytes else 0.0
+    )
     return max(fmas, loads, issue, from_l2)
 
 
@@ -346,7 +355,10 @@ def tilings(machine: Machine, geometry: Geometry, form: Format) -> list[Tiling]:
 
 def best_tiling(machine: Machine, geometry: Geometry, form: Format, columns: dict[int, float]) -> tuple[Tiling, float]:
     """The cheapest tiling and its predicted microseconds. `columns`: stored columns for each tile height."""
-    priced = [(predict_us(machine, geometry, t, columns[t.rows], form.sparse), i, t) for i, t in enumerate(tilings(machine, geometry, form))]
+    priced = [
+        (predict_us(machine, geometry, t, columns[t.rows], form.sparse), i, t)
+        for i, t in enumerate(tilings(machine, geometry, form))
+    ]
     cost, _, tiling = min(priced, key=lambda item: item[:2])
     return tiling, cost
 
@@ -543,9 +555,12 @@ def _convolution(
                 for p, (_, lanes, _) in enumerate(parts):
                     register, i = slot[r, p]
                     T.buffer_store(register, emit.splat(initial, lanes), [i])
+
             def column(panel_at: Any, weights_at: Any) -> None:
                 by_quads = machine.lane_fma and rows % 4 == 0
-                quads = [emit.load(buffers["values"], weights_at + 4 * q, 4) for q in range(rows // 4)] if by_quads else []
+                quads = (
+                    [emit.load(buffers["values"], weights_at + 4 * q, 4) for q in range(rows // 4)] if by_quads else []
+                )
                 for p, (at, lanes, _) in enumerate(parts):
                     activations = emit.load(panel, panel_at + at, lanes)
                     for r in range(rows):
@@ -588,7 +603,15 @@ def _convolution(
                 def last() -> None:
                     lo = int(packed.pointers[full_groups])
                     hi = int(packed.pointers[full_groups + 1])
-                    group(full_groups * packed.rows, lo, hi, lo * block if packed.sparse else full_groups * depth * packed.rows, rest_rows, out, parts)
+                    group(
+                        full_groups * packed.rows,
+                        lo,
+                        hi,
+                        lo * block if packed.sparse else full_groups * depth * packed.rows,
+                        rest_rows,
+                        out,
+                        parts,
+                    )
 
                 if chunks == 1:
                     last()
@@ -634,7 +657,18 @@ def _convolution(
     form = f"{packed.rows}x{packed.columns}" if packed.sparse else "dense"
     live_shape = tuple(sizes[role] for role in roles)
     rest = tuple(int(p) for p in packed.pointers[full_groups:]) if rest_rows else ()
-    facts = (geometry, tiling, form, packed.rows, activation, residual, live_shape, rest, machine.lanes, machine.lane_fma)
+    facts = (
+        geometry,
+        tiling,
+        form,
+        packed.rows,
+        activation,
+        residual,
+        live_shape,
+        rest,
+        machine.lanes,
+        machine.lane_fma,
+    )
     what = "x".join(map(str, geometry.w_shape[2:]))
     text = f"{what} convolution, {form}, tile {packed.rows} rows x {tiling.vectors} vectors of {tiling.lanes}"
     stem = f"conv{what}_f32_{form}_{packed.rows}r{width}px"

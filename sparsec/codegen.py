@@ -64,7 +64,9 @@ def _plain_c(func: Any) -> Any:
         else:
             scalars.append(param)
     if len(pointers) > MAX_ARGS or len(scalars) != 2:
-        raise BuildError(f"a kernel takes at most {MAX_ARGS} buffers and (begin, end), got {len(pointers)} and {len(scalars)}")
+        raise BuildError(
+            f"a kernel takes at most {MAX_ARGS} buffers and (begin, end), got {len(pointers)} and {len(scalars)}"
+        )
     unused = [tirx.Var(f"unused{i}", PointerType(PrimType("uint8"))) for i in range(MAX_ARGS - len(pointers))]
     body = tirx.SeqStmt([*declarations, func.body]) if declarations else func.body
     return tirx.PrimFunc([*pointers, *unused, *scalars], body, func.ret_type, func.attrs)

@@ -97,14 +97,22 @@ def compile(
         allowed = tolerances(rewritten.model, machine)
         inputs = [InputSpec(t.name, t.shape, t.dtype) for t in program.inputs]
         sample, expected = parity_sample(data, inputs, rewritten.calibration)
-        (directory / "parity.bin").write_bytes(pack_parity(sample, expected, [allowed[t.name] for t in program.outputs]))
+        (directory / "parity.bin").write_bytes(
+            pack_parity(sample, expected, [allowed[t.name] for t in program.outputs])
+        )
         facts = Facts(
             rewritten.digests, allowed, rewritten.records, threads, {k: str(v) for k, v in (bind or {}).items()}, rewritten.notes, embed_weights
         )  # fmt: skip
         write_artifact(directory, program=program, model_bytes=data, facts=facts)
         say("verifying against ONNX Runtime")
         notes, record = _prove(Artifact(directory, json.loads((directory / "manifest.json").read_text())))
-        write_artifact(directory, program=program, model_bytes=data, facts=replace(facts, notes=(*facts.notes, *notes)), parity=record)
+        write_artifact(
+            directory,
+            program=program,
+            model_bytes=data,
+            facts=replace(facts, notes=(*facts.notes, *notes)),
+            parity=record,
+        )
         return finish()
 
 
@@ -122,7 +130,9 @@ def rewrite(
 ) -> ir.Model:
     """Only load and rewrite: the model after its passes, a valid standard ONNX model. Arguments as for `compile`."""
     say = progress or (lambda text: None)
-    return _rewrite(model, passes, _recipe(recipe), calibration, shapes, bind, plugins, dump, preprocess, say, None).model
+    return _rewrite(
+        model, passes, _recipe(recipe), calibration, shapes, bind, plugins, dump, preprocess, say, None
+    ).model
 
 
 def _recipe(recipe: Any) -> Recipe:
@@ -159,7 +169,10 @@ def _rewrite(
 
 def _stacked(data: Data) -> dict[str, np.ndarray]:
     samples = list(data)
-    return {name: np.concatenate([s[name] if s[name].shape[:1] == (1,) else s[name][None] for s in samples]) for name in samples[0]}
+    return {
+        name: np.concatenate([s[name] if s[name].shape[:1] == (1,) else s[name][None] for s in samples])
+        for name in samples[0]
+    }
 
 
 def _raw_bytes(model: Model) -> bytes:

@@ -139,9 +139,13 @@ class Program:
         lines = [f"program {self.name} for {self.target.name} ({self.target.cpu})"]
         lines += [f"  input  {t.name}: {t.dtype}{list(t.shape)} at {t.location}" for t in self.inputs]
         lines += [f"  output {t.name}: {t.dtype}{list(t.shape)} at {t.location}" for t in self.outputs]
-        lines.append(f"  arena {self.arena_bytes} B, scratch {self.scratch_bytes} B a worker, weights {self.weights_bytes} B")
+        lines.append(
+            f"  arena {self.arena_bytes} B, scratch {self.scratch_bytes} B a worker, weights {self.weights_bytes} B"
+        )
         for b in self.buffers:
-            lines.append(f"  buffer {b.name}: {b.dtype}{list(b.shape)} [{b.offset}, +{b.size}) steps {b.first}..{b.last}")
+            lines.append(
+                f"  buffer {b.name}: {b.dtype}{list(b.shape)} [{b.offset}, +{b.size}) steps {b.first}..{b.last}"
+            )
         for i, s in enumerate(self.steps):
             args = ", ".join(f"{a.space}+{a.offset}" for a in s.args)
             lines.append(f"  step {i}: {s.kernel}({args}) x {s.tiles}  # {' '.join(s.nodes)}")

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from sparsec.lowering.calls import Call, Calls, Ref
+from sparsec.lowering.calls import Call, Calls
 from sparsec.lowering.generic import lower_generic
-from sparsec.lowering.match import constant
+from sparsec.lowering.match import dims
 from sparsec.lowering.plan import plan
-from sparsec.lowering.select import RULES, Context, Taken, declare, dims, roofline_us
+from sparsec.lowering.rules.base import Context, Taken, declare, roofline_us
+from sparsec.lowering.select import select
 from sparsec.program import Layer, Program
 from sparsec.targets import Target
 
@@ -39,7 +40,7 @@ def schedule(graph: ir.Graph, target: Target) -> list[Taken | list[tuple[ir.Node
     for node in graph:
         if node in claimed:
             continue
-        taken = _first_rule(node, Context(target.machine, claimed))
+        taken = select(node, Context(target.machine, claimed))
         if isinstance(taken, Taken):
             claimed.update(taken.group.nodes)
             items.append((max(position[n] for n in taken.group.nodes), taken))
@@ -55,17 +56,6 @@ def schedule(graph: ir.Graph, target: Target) -> list[Taken | list[tuple[ir.Node
         else:
             ordered.append([item])
     return ordered
-
-
-def _first_rule(node: ir.Node, context: Context) -> Taken | str:
-    refusals = []
-    for rule in RULES:
-        answer = rule(node, context)
-        if isinstance(answer, Taken):
-            return answer
-        if answer:
-            refusals.append(answer)
-    return "; ".join(refusals) or f"no kernel of our own for {node.op_type}"
 
 
 def _emit_generic(items: list[tuple[ir.Node, str]], calls: Calls, target: Target) -> None:
@@ -94,7 +84,16 @@ def _emit_generic(items: list[tuple[ir.Node, str]], calls: Calls, target: Target
         ops = "+".join(node.op_type for node in nodes if node.name in step.nodes)
         us = roofline_us(target.machine, 4.0 * step.flops, float(step.bytes))
         calls.layers.append(
-            Layer(step.nodes[0] if step.nodes else "", ops, shape, "generic", step.kernel.name, why, predicted_us=us, nodes=step.nodes)
+            Layer(
+                step.nodes[0] if step.nodes else "",
+                ops,
+                shape,
+                "generic",
+                step.kernel.name,
+                why,
+                predicted_us=us,
+                nodes=step.nodes,
+            )
         )
 
 
@@ -109,4 +108,4 @@ def generic_layers(program: Program) -> Iterator[Layer]:
     return (layer for layer in program.layers if layer.route == "generic")
 
 
-__all__ = ["Ref", "constant", "generic_layers", "generic_share", "lower", "schedule"]
+__all__ = ["generic_layers", "generic_share", "lower", "schedule"]

@@ -67,7 +67,9 @@ def expand_nodes(
     pending = list(reversed(nodes))
     while pending:
         node = pending.pop()
-        expansion = _EXPANSIONS.get(node.op_type, _function_body)(node, context) if node.domain in ("", "ai.onnx") else None
+        expansion = (
+            _EXPANSIONS.get(node.op_type, _function_body)(node, context) if node.domain in ("", "ai.onnx") else None
+        )
         if expansion is None:
             result.append(node)
         else:

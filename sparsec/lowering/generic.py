@@ -30,13 +30,61 @@ from tvm.relax.frontend.onnx.onnx_frontend import _get_convert_map
 from sparsec.errors import UnsupportedError
 from sparsec.kernels.base import Machine
 from sparsec.lowering.expand import ExpansionError, expand_nodes
+from sparsec.lowering.fold import fold_in_numpy
 from sparsec.lowering.nests import Nest, split_nests
 from sparsec.program import Kernel
 
 ELEMENTWISE = frozenset(
-    """Abs Add And Cast Ceil Clip Cos Div Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid HardSwish
-    Identity LeakyRelu Less LessOrEqual Log Max Min Mish Mod Mul Neg Not Or PRelu Pow Reciprocal Relu Round Selu Sigmoid
-    Sign Sin Softplus Softsign Sqrt Sub Tanh ThresholdedRelu Where Xor""".split()
+    [
+        "Abs",
+        "Add",
+        "And",
+        "Cast",
+        "Ceil",
+        "Clip",
+        "Cos",
+        "Div",
+        "Elu",
+        "Equal",
+        "Erf",
+        "Exp",
+        "Floor",
+        "Gelu",
+        "Greater",
+        "GreaterOrEqual",
+        "HardSigmoid",
+        "HardSwish",
+        "Identity",
+        "LeakyRelu",
+        "Less",
+        "LessOrEqual",
+        "Log",
+        "Max",
+        "Min",
+        "Mish",
+        "Mod",
+        "Mul",
+        "Neg",
+        "Not",
+        "Or",
+        "PRelu",
+        "Pow",
+        "Reciprocal",
+        "Relu",
+        "Round",
+        "Selu",
+        "Sigmoid",
+        "Sign",
+        "Sin",
+        "Softplus",
+        "Softsign",
+        "Sqrt",
+        "Sub",
+        "Tanh",
+        "ThresholdedRelu",
+        "Where",
+        "Xor",
+    ]
 )
 
 
@@ -167,14 +215,18 @@ class _Region:
         except ValueError as error:
             raise _Refused(str(error)) from error
 
-    def _step(self, nest: Nest, buffers: dict[str, str], users: dict[str, int], names: tuple[str, ...], label: str) -> None:
+    def _step(
+        self, nest: Nest, buffers: dict[str, str], users: dict[str, int], names: tuple[str, ...], label: str
+    ) -> None:
         scratch = [b for b in nest.buffers if users.get(b) == 1]
         outputs = [b for b in nest.writes if b not in scratch]
         inputs = [b for b in nest.buffers if b not in outputs and b not in scratch]
         order = [*inputs, *outputs, *scratch]
         parameter = dict(zip(nest.buffers, nest.func.params, strict=False))
         rest = list(nest.func.params[len(nest.buffers) :])
-        func = tirx.PrimFunc([*(parameter[b] for b in order), *rest], nest.func.body, nest.func.ret_type, nest.func.attrs)
+        func = tirx.PrimFunc(
+            [*(parameter[b] for b in order), *rest], nest.func.body, nest.func.ret_type, nest.func.attrs
+        )
         digest = hashlib.sha256(func.script().encode()).hexdigest()[:12]
         name = f"generic_{re.sub(r'[^a-z0-9_]', '', label.lower())[:40]}_{digest}"
         rooms = tuple(ScratchBuffer(buffers[b], *self.temporaries.pop(buffers[b])) for b in scratch)
@@ -224,7 +276,9 @@ def group_model(group: Sequence[onnx_ir.Node], opset: int) -> onnx.ModelProto:
                 types[value.name] = _value_info(value)
     known = {**inputs, **types, **{o.name: o for o in outputs}}
     try:
-        protos = expand_nodes([onnx_ir.to_proto(n) for n in group], known, initializers, _get_convert_map().keys(), opset)
+        protos = expand_nodes(
+            [onnx_ir.to_proto(n) for n in group], known, initializers, _get_convert_map().keys(), opset
+        )
     except ExpansionError as error:
         raise _Refused(str(error)) from error
     graph = onnx.helper.make_graph(
@@ -242,7 +296,6 @@ def _value_info(value: onnx_ir.Value) -> onnx.ValueInfoProto:
 def _import(model: onnx.ModelProto, fuse: bool) -> Any:
     """`model` as a Relax module whose main only calls PrimFuncs."""
     passes = [
-        relax.transform.DecomposeOpsForInference(),
         DispatchSortScan(),
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
@@ -253,7 +306,8 @@ def _import(model: onnx.ModelProto, fuse: bool) -> Any:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), tvm.target.Target("llvm"):
             warnings.simplefilter("ignore")
-            return tvm_ir.transform.Sequential(passes)(from_onnx(model, sanitize_input_names=True))
+            module = relax.transform.DecomposeOpsForInference()(from_onnx(model))
+            return tvm_ir.transform.Sequential(passes)(fold_in_numpy(module))
     except Exception as error:  # the importer raises whatever the failing line raises
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise _Refused(lines[-1][:200] if lines else type(error).__name__) from error

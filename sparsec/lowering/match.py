@@ -244,7 +244,11 @@ def fuse(
     """`main` with all that can be fused behind it; `taken`: nodes that other groups hold already."""
 
     def free(found: Any) -> Any:
-        return None if found is None or not taken.isdisjoint(found[1] if isinstance(found[1], list) else [found[0]]) else found
+        return (
+            None
+            if found is None or not taken.isdisjoint(found[1] if isinstance(found[1], list) else [found[0]])
+            else found
+        )
 
     value = main.outputs[0]
     nodes = [main]

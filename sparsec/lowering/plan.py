@@ -55,7 +55,8 @@ def plan(name: str, target: Target, calls: Calls, inputs: list[str], outputs: li
     steps = tuple(Step(c.kernel.name, tuple(place(a) for a in c.args), c.tiles, c.nodes) for c in calls.calls)
     scratch = max((c.scratch for c in calls.calls), default=0)
     buffers = tuple(
-        Buffer(owner, *calls.values[owner], offsets[owner], calls.size(owner), *lifetimes[owner]) for owner in sorted(offsets, key=lambda o: (lifetimes[o][0], o))
+        Buffer(owner, *calls.values[owner], offsets[owner], calls.size(owner), *lifetimes[owner])
+        for owner in sorted(offsets, key=lambda o: (lifetimes[o][0], o))
     )
     program = Program(
         name=name, target=target, kernels=tuple(kernels.values()), steps=steps, buffers=buffers, constants=constants,
@@ -117,7 +118,9 @@ def _place_buffers(calls: Calls, spans: dict[str, tuple[int, int]]) -> tuple[dic
     room = {owner: _aligned(calls.size(owner) + SLACK) for owner in spans}
     for owner in sorted(spans, key=lambda o: (-room[o], spans[o], o)):
         first, last = spans[owner]
-        taken = sorted((offsets[o], offsets[o] + room[o]) for o in offsets if spans[o][0] <= last and first <= spans[o][1])
+        taken = sorted(
+            (offsets[o], offsets[o] + room[o]) for o in offsets if spans[o][0] <= last and first <= spans[o][1]
+        )
         best, best_gap, at = -1, None, 0
         for start, stop in taken:
             gap = start - at
@@ -142,6 +145,8 @@ def check(program: Program) -> None:
                 raise CheckError(f"shares memory with {b.name!r} while both are alive", a.name)
     for step in program.steps:
         for arg in step.args:
-            limit = {"arena": program.arena_bytes, "weights": program.weights_bytes, "scratch": program.scratch_bytes}[arg.space]
+            limit = {"arena": program.arena_bytes, "weights": program.weights_bytes, "scratch": program.scratch_bytes}[
+                arg.space
+            ]
             if not 0 <= arg.offset < max(limit, 1):
                 raise CheckError(f"argument at {arg.space}+{arg.offset} is outside {limit} bytes", step.kernel)

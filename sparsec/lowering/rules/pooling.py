@@ -1,0 +1,81 @@
+"""Pooling: windows on planes, and means or maxima over whole planes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from sparsec.kernels import pool
+from sparsec.lowering.match import attribute, constant, dims, fuse
+from sparsec.lowering.rules.base import Context, Taken, dtype_of, emit_simple, roofline_us
+from sparsec.lowering.rules.convolution import window_pads
+
+
+def take_pool(node: ir.Node, context: Context) -> Taken | str | None:
+    """MaxPool and AveragePool, 1-D as planes one row high."""
+    if node.op_type not in ("MaxPool", "AveragePool"):
+        return None
+    x = node.inputs[0]
+    assert x is not None
+    if len(node.outputs) > 1 and node.outputs[1].uses():
+        return "its indices are used"
+    if dtype_of(x) != "float32":
+        return f"its data is {dtype_of(x)}, not float32"
+    shape = dims(x)
+    kernel = tuple(attribute(node, "kernel_shape", ()))  # type: ignore[call-overload]
+    rank = len(kernel)
+    strides = tuple(attribute(node, "strides", (1,) * rank))  # type: ignore[arg-type]
+    dilations = tuple(attribute(node, "dilations", (1,) * rank))  # type: ignore[arg-type]
+    pads = window_pads(node, shape[2:], kernel, strides, dilations)
+    if rank == 1:
+        shape, kernel = (*shape[:2], 1, shape[2]), (1, *kernel)
+        strides, dilations, pads = (1, *strides), (1, *dilations), (0, pads[0], 0, pads[1])
+    if refused := pool.refusal(shape, kernel):
+        return refused
+    mode: Any = "max" if node.op_type == "MaxPool" else "average"
+    group = fuse(node, context.taken, residual=False)
+    call = pool.bind(
+        context.machine, mode, x_shape=shape, kernel=kernel, strides=strides, pads=pads, dilations=dilations,
+        ceil_mode=bool(attribute(node, "ceil_mode", 0)), count_include_pad=bool(attribute(node, "count_include_pad", 0)),
+        activation=group.activation,
+    )  # fmt: skip
+    out = float(np.prod(dims(group.output)))
+    us = roofline_us(context.machine, out * np.prod(kernel), 4.0 * (np.prod(shape) + out))
+    return Taken(group, emit_simple(group, call, {"x": x}, f"{mode} pooling", us))
+
+
+def take_global_pool(node: ir.Node, context: Context) -> Taken | str | None:
+    """GlobalAveragePool, GlobalMaxPool, and ReduceMean or ReduceMax over the last axes."""
+    modes: dict[str, Any] = {
+        "GlobalAveragePool": "average", "GlobalMaxPool": "max", "ReduceMean": "average", "ReduceMax": "max",
+    }  # fmt: skip
+    if node.op_type not in modes:
+        return None
+    x = node.inputs[0]
+    assert x is not None
+    if dtype_of(x) != "float32":
+        return f"its data is {dtype_of(x)}, not float32"
+    shape = dims(x)
+    first = 2
+    if node.op_type.startswith("Reduce"):
+        given = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        axes = attribute(node, "axes", None) if given is None else given.reshape(-1).tolist()
+        if len(node.inputs) > 1 and node.inputs[1] is not None and given is None:
+            return "its axes are computed"
+        if not axes:
+            if attribute(node, "noop_with_empty_axes", 0):
+                return "it reduces nothing"
+            axes = range(len(shape))
+        reduced = sorted(int(axis) % len(shape) for axis in axes)  # type: ignore[union-attr]
+        wide = [axis for axis in reduced if shape[axis] != 1]
+        first = wide[0] if wide else len(shape)
+        kept = [axis for axis in range(first, len(shape)) if axis not in reduced and shape[axis] != 1]
+        if kept:
+            return "it reduces an inner axis"
+    rows, count = int(np.prod(shape[:first])), int(np.prod(shape[first:]))
+    group = fuse(node, context.taken, residual=False)
+    call = pool.bind_global(context.machine, modes[node.op_type], rows=rows, count=count, activation=group.activation)
+    us = roofline_us(context.machine, rows * count, 4.0 * rows * count)
+    return Taken(group, emit_simple(group, call, {"x": x}, f"{modes[node.op_type]} of {count} elements", us))

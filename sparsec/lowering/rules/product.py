@@ -1,0 +1,87 @@
+"""Gemm and MatMul: one constant weight (bias, residual and activation fused), or two activations.
+
+A weight of a fully connected layer is [N, K]: ONNX's Gemm with transB, or MatMul's [K, N] transposed. alpha and beta of a
+Gemm go into weight and bias. Leading axes of x fold into M.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from sparsec.kernels import gemm
+from sparsec.lowering.match import Group, attribute, constant, dims, fuse
+from sparsec.lowering.rules.base import Context, Taken, dtype_of, emit_simple
+from sparsec.lowering.structure import detect_structure
+
+
+def take_gemm(node: ir.Node, context: Context) -> Taken | str | None:
+    """Gemm, or MatMul with a constant rank-2 right side."""
+    if node.op_type not in ("Gemm", "MatMul"):
+        return None
+    x, b = node.inputs[0], node.inputs[1]
+    w = constant(b)
+    if x is None or x.const_value is not None or w is None or w.ndim != 2:
+        return None if node.op_type == "MatMul" else "its weight is computed, not constant"
+    if dtype_of(x) != "float32":
+        return f"its data is {dtype_of(x)}, not float32"
+    bias: np.ndarray | None = None
+    if node.op_type == "Gemm":
+        if attribute(node, "transA", 0):
+            return "its left side is transposed"
+        alpha, beta = float(attribute(node, "alpha", 1.0)), float(attribute(node, "beta", 1.0))  # type: ignore[arg-type]
+        w = w if attribute(node, "transB", 0) else w.T
+        w = w if alpha == 1.0 else (w * np.float32(alpha)).astype(np.float32)
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            c = constant(node.inputs[2])
+            if c is None or c.size not in (1, w.shape[0]) or (c.ndim == 2 and c.shape[0] != 1):
+                return "its C is not one vector along the columns"
+            bias = np.broadcast_to(c.reshape(-1) * np.float32(beta), (w.shape[0],)).astype(np.float32)
+    else:
+        w = w.T
+    group = fuse(node, context.taken, bias=bias is None)
+    if group.bias is not None:
+        added = constant(group.bias)
+        assert added is not None
+        bias = added.reshape(-1)
+    return _bind(group, context, np.ascontiguousarray(w, np.float32), bias)
+
+
+def _bind(group: Group, context: Context, w: np.ndarray, bias: np.ndarray | None) -> Taken:
+    machine, x = context.machine, group.main.inputs[0]
+    assert x is not None
+    m = int(np.prod(dims(x)[:-1], dtype=np.int64))
+    call = gemm.bind(machine, m=m, w=w, bias=bias, activation=group.activation, residual=group.residual)
+    us = gemm.predict_us(machine, m, w.shape[1], w.shape[0])
+    inputs = {"x": x} | ({"residual": group.other} if group.other is not None else {})
+    structure = detect_structure(w[:, :, None, None])
+    return Taken(group, emit_simple(group, call, inputs, "dense", us, weight=w, structure=str(structure)))
+
+
+def take_matmul(node: ir.Node, context: Context) -> Taken | str | None:
+    """MatMul of two activations, with equal batch or one side shared."""
+    if node.op_type != "MatMul":
+        return None
+    a, b = node.inputs[0], node.inputs[1]
+    assert a is not None and b is not None
+    if dtype_of(a) != "float32":
+        return f"its data is {dtype_of(a)}, not float32"
+    left, right = dims(a), dims(b)
+    if len(left) < 2 or len(right) < 2:
+        return "one side is a vector"
+    batches = (int(np.prod(left[:-2])), int(np.prod(right[:-2])))
+    if batches[0] != batches[1] and 1 not in batches:
+        return "batches that broadcast in part"
+    if batches[0] == batches[1] and batches[0] != 1 and left[:-2] != right[:-2]:
+        padded = max(len(left), len(right)) - 2
+        if (1,) * (padded - len(left) + 2) + left[:-2] != (1,) * (padded - len(right) + 2) + right[:-2]:
+            return "batches that broadcast in part"
+    batch, (m, k), n = max(batches), left[-2:], right[-1]
+    if batches[1] == 1 and batch > 1:  # rows of all batches against one right side
+        m, batch = m * batch, 1
+    group = fuse(node, context.taken, residual=False)
+    call = gemm.bind_matmul(
+        context.machine, batch=batch, m=m, k=k, n=n, a_shared=batches[0] == 1 and batch > 1, activation=group.activation
+    )
+    us = batch * gemm.predict_us(context.machine, m, k, n)
+    return Taken(group, emit_simple(group, call, {"a": a, "b": b}, "two activations", us))
