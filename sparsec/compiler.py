@@ -101,8 +101,14 @@ def compile(
             pack_parity(sample, expected, [allowed[t.name] for t in program.outputs])
         )
         facts = Facts(
-            rewritten.digests, allowed, rewritten.records, threads, {k: str(v) for k, v in (bind or {}).items()}, rewritten.notes, embed_weights
-        )  # fmt: skip
+            digests=rewritten.digests,
+            tolerances=allowed,
+            passes=rewritten.records,
+            threads=threads,
+            bind={key: str(value) for key, value in (bind or {}).items()},
+            notes=rewritten.notes,
+            embed_weights=embed_weights,
+        )
         write_artifact(directory, program=program, model_bytes=data, facts=facts)
         say("verifying against ONNX Runtime")
         notes, record = _prove(Artifact(directory, json.loads((directory / "manifest.json").read_text())))
