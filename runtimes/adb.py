@@ -21,8 +21,8 @@ class AdbSession(RemoteSession):
         self._adb = [adb, "-s", serial] if serial else [adb]
         super().__init__(artifact, threads, f"adb:{serial}" if serial else "adb", ROOT)
 
-    def _shell(self, command: str) -> Done:
-        done = call([*self._adb, "shell", marked(command)], self._where)
+    def _shell(self, command: str, stdin: bytes = b"") -> Done:
+        done = call([*self._adb, "shell", marked(command)], self._where, stdin)
         return unmarked(done.stdout, done.stderr, self._where, done.returncode)
 
     def _transfer(self, arguments: list[str]) -> None:

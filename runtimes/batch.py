@@ -6,6 +6,7 @@ outputs the same way; `bench --json` times. A start is costly (an emulator, a ca
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import secrets
@@ -13,6 +14,7 @@ import subprocess
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -139,19 +141,27 @@ class RemoteSession(BenchSession):
         self._folder = f"{root}/sparsec-{secrets.token_hex(8)}"  # shell-safe characters only
         self._made = False
         try:
-            self._expect(f"mkdir {self._folder} && chmod 700 {self._folder}")
             self._made = True
-            for name in self.files:
-                path = artifact.path / name
-                if path.exists():
-                    self._put(path.read_bytes(), f"{self._folder}/{name}")
-            self._expect(f"chmod 755 {self._folder}/bench")
+            self._install([path for name in self.files if (path := artifact.path / name).exists()])
         except BaseException:
-            self.close()
+            with contextlib.suppress(RuntimeUnavailable):
+                self.close()
             raise
 
+    def _install(self, paths: list[Path]) -> None:
+        """Make the folder there and put files into it, `bench` executable."""
+        self._expect(f"mkdir {self._folder} && chmod 700 {self._folder}")
+        for path in paths:
+            self._put(path.read_bytes(), f"{self._folder}/{path.name}")
+        self._expect(f"chmod 755 {self._folder}/bench")
+
+    def _feed(self, command: str, samples: bytes) -> Done:
+        """Put `samples` into the folder's input.bin, then run `command`."""
+        self._put(samples, f"{self._folder}/input.bin")
+        return self._shell(command)
+
     @abstractmethod
-    def _shell(self, command: str) -> Done:
+    def _shell(self, command: str, stdin: bytes = b"") -> Done:
         """Run `command` in the other machine's shell; its exit code, not the connection's."""
 
     @abstractmethod
@@ -162,19 +172,19 @@ class RemoteSession(BenchSession):
     def _get(self, path: str) -> bytes:
         """Read a file there."""
 
-    def _expect(self, command: str) -> None:
-        done = self._shell(command)
+    def _expect(self, command: str, stdin: bytes = b"") -> None:
+        done = self._shell(command, stdin)
         if done.code:
             text = last_line(done.stderr) or last_line(done.stdout)
             raise RuntimeUnavailable(f"`{command}` failed there with code {done.code}: {text}", self._where)
 
     def _start(self, arguments: list[str], samples: bytes | None) -> Done:
         words = ["./bench", *arguments]  # our own words: no character that a shell reads otherwise
-        if samples is not None:
-            self._put(samples, f"{self._folder}/input.bin")
-            words += ["--input", "input.bin", "--output", "output.bin"]
-        done = self._shell(f"cd {self._folder} && {' '.join(words)}")
-        if samples is None or done.code:
+        if samples is None:
+            return self._shell(f"cd {self._folder} && {' '.join(words)}")
+        words += ["--input", "input.bin", "--output", "output.bin"]
+        done = self._feed(f"cd {self._folder} && {' '.join(words)}", samples)
+        if done.code:
             return done
         return Done(done.code, done.stdout, done.stderr, self._get(f"{self._folder}/output.bin"))
 

@@ -1,4 +1,4 @@
-"""`ssh:[USER@]HOST[:PORT]`: a board at the other end of ssh. Needs nothing there but a shell with cat, mkdir and rm.
+"""`ssh:[USER@]HOST[:PORT]`: a board at the other end of ssh. Needs nothing there but a shell, cat, tar and rm.
 
 Keys, jump hosts and the like come from the user's ssh configuration, further options (`-i KEY -o ...`) from the
 environment variable SPARSEC_SSH_OPTIONS.
@@ -6,10 +6,13 @@ environment variable SPARSEC_SSH_OPTIONS.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
 import shutil
+import tarfile
+from pathlib import Path
 
 from sparsec.errors import RuntimeUnavailable, UsageError
 from sparsec.runtimes.base import Compiled, Runtime
@@ -23,20 +26,32 @@ _DESTINATION = re.compile(
 
 
 class SshSession(RemoteSession):
-    """Files travel through `cat` at the other end: no sftp server is needed, and no path is parsed by scp."""
+    """Files travel as a tar stream or through `cat`: no sftp server is needed, and no path is parsed by scp."""
 
     def __init__(self, artifact: Compiled, threads: int | None, command: list[str], where: str) -> None:
         self._ssh = command
         super().__init__(artifact, threads, where, ROOT)
 
-    def _shell(self, command: str) -> Done:
-        done = call([*self._ssh, marked(command)], self._where)
+    def _shell(self, command: str, stdin: bytes = b"") -> Done:
+        done = call([*self._ssh, marked(command)], self._where, stdin)
         return unmarked(done.stdout, done.stderr, self._where, done.returncode)
 
+    def _install(self, paths: list[Path]) -> None:
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w") as archive:
+            for path in paths:
+                member = tarfile.TarInfo(path.name)
+                member.size, member.mode = path.stat().st_size, 0o755
+                with path.open("rb") as file:
+                    archive.addfile(member, file)
+        command = f"mkdir {self._folder} && chmod 700 {self._folder} && tar -xf - -C {self._folder}"
+        self._expect(command, stream.getvalue())
+
+    def _feed(self, command: str, samples: bytes) -> Done:
+        return self._shell(f"cat > {self._folder}/input.bin && {command}", samples)
+
     def _put(self, content: bytes, path: str) -> None:
-        done = call([*self._ssh, f"cat > {path}"], self._where, content)
-        if done.returncode:
-            raise RuntimeUnavailable(f"cannot write {path} there: {_text(done.stderr)}", self._where)
+        self._expect(f"cat > {path}", content)
 
     def _get(self, path: str) -> bytes:
         done = call([*self._ssh, f"cat {path}"], self._where)
