@@ -353,7 +353,7 @@ def run_verb(
             write_npz(stage, outputs)
     rows = []
     for name, array in outputs.items():
-        row = {"name": name, "shape": list(array.shape), "dtype": str(array.dtype)}
+        row: dict[str, Any] = {"name": name, "shape": list(array.shape), "dtype": str(array.dtype)}
         if array.size:
             row |= {"min": float(array.min()), "max": float(array.max()), "argmax": int(array.reshape(-1).argmax())}
         rows.append(row)

@@ -102,7 +102,7 @@ def inspect_model(model: onnx_ir.Model, target: Target, name: str = "model") -> 
     program = lower(model, target, name)
     result = report(program, data)
     packed = sorted(program.constants, key=lambda c: c.offset)
-    result["totals"]["gzip_bytes"] = _gzip(memoryview(c.data).cast("B") for c in packed if c.data.nbytes)
+    result["totals"]["gzip_bytes"] = _gzip(c.data.tobytes() for c in packed)
     return result
 
 
