@@ -79,19 +79,13 @@ def _build(
     program: Program, work: Path, directory: Path, prefix: str, threads: int, embed_weights: bool, say: Progress
 ) -> None:
     target = program.target
-    for header in HEADERS:
-        (work / header).write_bytes(_source(header))
-
+    runtime_sources(work, HEADERS)
     runtimes = (
         (target.zig_triple, LIBRARY_SOURCES),
         (target.zig_static_triple, (*LIBRARY_SOURCES, "bench.c")),
     )
     say(f"compiling {len(program.kernels)} kernels for {target.cpu}")
-    compile_kernels(program.kernels, target, work / "kernels.o")
-    code = (work / "kernels.o").read_bytes()
-    own = {symbol.name for symbol in elf.symbols(code) if symbol.defined}
-    code = elf.rename_symbols(code, lambda symbol: KERNEL_PREFIX + symbol if symbol in own else symbol)
-    (work / "kernels.o").write_bytes(code)
+    code = kernel_object(program, work / "kernels.o")
 
     say("writing weights")
     digest = program_digest(program, [code])
@@ -144,6 +138,22 @@ _EXPORTS = "{ global: sparsec_open; sparsec_open_file; sparsec_run; sparsec_clos
     "sparsec_output_count; sparsec_input_info; sparsec_output_info; sparsec_arena_bytes; sparsec_error_string; "
     "sparsec_version; sparsec_features_needed; local: *; };\n"
 )
+
+
+def kernel_object(program: Program, path: Path) -> bytes:
+    """Compile the program's kernels to the object `path`, every symbol it defines under KERNEL_PREFIX; its content."""
+    compile_kernels(program.kernels, program.target, path)
+    code = path.read_bytes()
+    own = {symbol.name for symbol in elf.symbols(code) if symbol.defined}
+    code = elf.rename_symbols(code, lambda symbol: KERNEL_PREFIX + symbol if symbol in own else symbol)
+    path.write_bytes(code)
+    return code
+
+
+def runtime_sources(folder: Path, names: Sequence[str] = (*HEADERS, *LIBRARY_SOURCES, "bench.c")) -> None:
+    """Copy the C runtime's sources into `folder`."""
+    for name in names:
+        (folder / name).write_bytes(_source(name))
 
 
 def _source(name: str) -> bytes:
@@ -202,8 +212,7 @@ def _runtime_objects(triple: str, sources: Sequence[str], into: Path) -> list[st
         for name in names:
             (into / name).write_bytes((kept / name).read_bytes())
     else:
-        for file in (*HEADERS, *sources):
-            (into / file).write_bytes(_source(file))
+        runtime_sources(into, (*HEADERS, *sources))
         _compile(into, sources, triple)
         _keep(into, names, kept)
     return [f"{into.name}/{name}" for name in names]

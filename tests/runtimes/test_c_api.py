@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from c_api import BAD_ARGUMENT, CPU_FEATURE, OK, Library, Options, TensorInfo
 
-from sparsec.emit import sparsec_version
+from sparsec.emit import arena_bytes, scratch_bytes, sparsec_version
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,30 @@ def test_arena_of_the_caller(library, weights, threads, shift):
         check(model, sample=2)
     assert (memory[:shift] == 0xA5).all()
     assert (memory[shift + need :] == 0xA5).all()
+
+
+def test_every_worker_has_scratch_of_its_own(library, weights):
+    """Where the arena's end shows what each part's last tile left there."""
+    threads = 4
+
+    def one_after_the_other(ctx, fn, n):
+        for i in range(n):
+            fn(ctx, i)
+
+    options = Options(threads=threads, parallel_for=c_api.parallel_for(one_after_the_other))
+    options.arena_bytes = library.c.sparsec_arena_bytes(ctypes.byref(options))
+    memory = np.zeros(options.arena_bytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    options.arena = memory.ctypes.data + start
+    code, model = library.open(weights, options)
+    assert code == OK
+    made, x = hand_programs.program(), hand_programs.sample()
+    with model:
+        y, _ = model(x)
+    for worker in range(threads):
+        at = start + arena_bytes(made) + worker * scratch_bytes(made)
+        left = memory[at : at + hand_programs.COLUMNS * 4].view(np.float32)
+        np.testing.assert_array_equal(left[::-1], y[hand_programs.ROWS * (worker + 1) // threads - 1])
 
 
 def test_more_threads_need_more_memory(library):
