@@ -1,7 +1,8 @@
-"""Constants folded in NumPy before Relax does it.
+"""Imported Relax modules made ready for legalization: constants folded in NumPy, indices kept inside.
 
 Relax's own FoldConstant compiles a function for each constant expression, tens of milliseconds apiece; most of them are
-a bias reshaped for broadcasting or an index made positive.
+a bias reshaped for broadcasting or an index made positive. Its gathers read out of bounds if an index is; indices are
+clipped instead.
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ class _Folder(PyExprMutator):
 
     def visit_call_(self, call: Any) -> Any:
         call = super().visit_call_(call)
+        if call.op == ir.Op.get("relax.take") and str(call.attrs.mode) == "fast":
+            axis = None if call.attrs.axis is None else int(call.attrs.axis)
+            return relax.op.take(call.args[0], call.args[1], axis, mode="clip")
         rule = _OPS.get(getattr(call.op, "name", ""))
         if rule is None:
             return call
@@ -63,8 +67,8 @@ class _Folder(PyExprMutator):
         return relax.const(result, str(call.ty.dtype)) if str(result.dtype) == str(call.ty.dtype) else call
 
 
-def fold_in_numpy(module: Any) -> Any:
-    """`module` with the foldable constant expressions of its main replaced by constants."""
+def normalize(module: Any) -> Any:
+    """`module` with the foldable constant expressions of its main replaced by constants and gathers made safe."""
     folder = _Folder(module)
     main = folder.visit_expr(module["main"])
     changed = tvm.IRModule({**{v: f for v, f in module.functions.items() if v.name_hint != "main"}})

@@ -30,7 +30,7 @@ from tvm.relax.frontend.onnx.onnx_frontend import _get_convert_map
 from sparsec.errors import UnsupportedError
 from sparsec.kernels.base import Machine
 from sparsec.lowering.expand import ExpansionError, expand_nodes
-from sparsec.lowering.fold import fold_in_numpy
+from sparsec.lowering.fold import normalize
 from sparsec.lowering.nests import Nest, split_nests
 from sparsec.program import Kernel
 
@@ -133,7 +133,7 @@ def lower_generic(nodes: Sequence[onnx_ir.Node], machine: Machine, opset: int | 
     if opset is None:
         graph = nodes[0].graph if nodes else None
         opset = graph.opset_imports.get("", 17) if graph is not None else 17
-    region = _Region(machine, opset, set(nodes))
+    region = _Region(machine, opset)
     problems: list[str] = []
     for group in _groups(nodes):
         problems += region.add(group)
@@ -168,13 +168,13 @@ def _shape(value: onnx_ir.Value) -> tuple[int, ...]:
 class _Region:
     """Collects the steps of the groups."""
 
-    def __init__(self, machine: Machine, opset: int, nodes: set[onnx_ir.Node]) -> None:
+    def __init__(self, machine: Machine, opset: int) -> None:
         self.machine = machine
         self.opset = opset
-        self.nodes = nodes
         self.steps: list[GenericStep] = []
         self.temporaries: dict[str, tuple[tuple[int, ...], str]] = {}
         self.constants: dict[str, np.ndarray] = {}
+        self._fresh = 0
         self._by_content: dict[tuple[str, tuple[int, ...], bytes], str] = {}
 
     def add(self, group: list[onnx_ir.Node]) -> list[str]:
@@ -204,7 +204,8 @@ class _Region:
             buffers = {f"p{i}": renamed.get(name, name) for i, name in enumerate(call.arguments)}
             users = {t: sum(t in nest.buffers for nest in nests) for t in intermediates}
             for t, (shape, dtype) in intermediates.items():
-                buffers[t] = f"{names[0]}/tmp{len(self.temporaries)}"
+                buffers[t] = f"{names[0]}/tmp{self._fresh}"
+                self._fresh += 1
                 self.temporaries[buffers[t]] = (shape, dtype)
             for nest in nests:
                 self._step(nest, buffers, users, names, walk.label)
@@ -212,8 +213,8 @@ class _Region:
     def _nests(self, call: _Call) -> tuple[list[Nest], dict[str, tuple[tuple[int, ...], str]]]:
         try:
             return split_nests(call.func, self.machine.lanes)
-        except ValueError as error:
-            raise _Refused(str(error)) from error
+        except (RuntimeError, ValueError) as error:  # TVM's InternalError is a RuntimeError
+            raise _Refused(_last_line(error)) from error
 
     def _step(
         self, nest: Nest, buffers: dict[str, str], users: dict[str, int], names: tuple[str, ...], label: str
@@ -307,10 +308,14 @@ def _import(model: onnx.ModelProto, fuse: bool) -> Any:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), tvm.target.Target("llvm"):
             warnings.simplefilter("ignore")
             module = relax.transform.DecomposeOpsForInference()(from_onnx(model))
-            return tvm_ir.transform.Sequential(passes)(fold_in_numpy(module))
+            return tvm_ir.transform.Sequential(passes)(normalize(module))
     except Exception as error:  # the importer raises whatever the failing line raises
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise _Refused(lines[-1][:200] if lines else type(error).__name__) from error
+        raise _Refused(_last_line(error)) from error
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:200] if lines else type(error).__name__
 
 
 _LINKS = (relax.Var, tvm_ir.Tuple, tvm_ir.TupleGetItem)
@@ -346,8 +351,8 @@ class _Walk:
         for (name, expected), expr in zip(self.outputs.items(), result, strict=True):
             dtype = onnx.helper.tensor_dtype_to_np_dtype(expected.elem_type).name
             shape = [d.dim_value for d in expected.shape.dim]
-            if str(expr.ty.dtype) != dtype or [int(d) for d in expr.ty.shape] != shape:
-                got = f"{expr.ty.dtype}{[int(d) for d in expr.ty.shape]}"
+            if str(expr.ty.dtype) != dtype or _static(expr.ty) != tuple(shape):
+                got = f"{expr.ty.dtype}{list(_static(expr.ty))}"
                 raise _Refused(f"Relax computes {got} where ONNX says {dtype}{shape}")
             item = isinstance(expr, tvm_ir.TupleGetItem)
             root = expr.tuple_value if item else expr
@@ -391,7 +396,7 @@ class _Walk:
             name = claimed.get((var, i))
             if name is None:
                 name = f"{self.node}/value{len(self.temporaries)}"
-                self.temporaries[name] = (tuple(int(d) for d in ty.shape), str(ty.dtype))
+                self.temporaries[name] = (_static(ty), str(ty.dtype))
             results.append(name)
         self.names[var] = tuple(results) if isinstance(var.ty, tvm_ir.TupleType) else results[0]
         return _Call(func, (*arguments, *results))
@@ -410,6 +415,14 @@ class _Walk:
         raise _Refused(f"Relax left a {type(expr).__name__}")
 
 
+def _static(ty: Any) -> tuple[int, ...]:
+    """The shape of a tensor type, which must not depend on data."""
+    try:
+        return tuple(int(d) for d in ty.shape)
+    except TypeError:
+        raise _Refused("its result's shape depends on data") from None
+
+
 def _copy(ty: Any) -> Any:
-    x = te.placeholder([int(d) for d in ty.shape], str(ty.dtype), "x")
+    x = te.placeholder(_static(ty), str(ty.dtype), "x")
     return te.create_prim_func([x, te.compute(x.shape, lambda *i: x(*i), "y")])

@@ -31,6 +31,7 @@ from sparsec.lowering.loops import (
     accumulation,
     callee,
     collapse,
+    const_int,
     for_loop,
     itemsize,
     operation_count,
@@ -291,9 +292,10 @@ def _flatten(stmt: Any, flat: dict[Any, Any], stack: dict[Any, Any], local: dict
     def offset(buffer: Any, indices: Sequence[Any]) -> tuple[Any, Any]:
         dims = [d for d in range(len(shape_of(buffer))) if d not in local.get(buffer, [])]
         shape = [shape_of(buffer)[d] for d in dims]
-        index: Any = tirx.IntImm("int64", 0)
+        wide = any(str(i.ty.dtype) == "int64" for i in indices if const_int(i) is None)
+        index: Any = tirx.IntImm("int64" if wide else "int32", 0)
         for d, extent in zip(dims, shape, strict=True):
-            index = index * extent + _as_int64(indices[d])
+            index = index * extent + _as(indices[d], str(index.ty.dtype))
         return (stack.get(buffer) if buffer in stack else flat[buffer]), sym.Analyzer().simplify(index)
 
     def load(node: Any) -> Any:
@@ -314,8 +316,11 @@ def _flatten(stmt: Any, flat: dict[Any, Any], stack: dict[Any, Any], local: dict
     )
 
 
-def _as_int64(expr: Any) -> Any:
-    return expr if str(expr.ty.dtype) == "int64" else tirx.Cast("int64", expr)
+def _as(index: Any, dtype: str) -> Any:
+    value = const_int(index)
+    if value is not None:
+        return tirx.IntImm(dtype, value)
+    return index if str(index.ty.dtype) == dtype else tirx.Cast(dtype, index)
 
 
 def _check_calls(func: Any) -> None:

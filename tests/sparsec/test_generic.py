@@ -16,6 +16,7 @@ import pytest
 from harness import run_region
 from onnx import TensorProto, helper, numpy_helper
 
+from sparsec.errors import UnsupportedError
 from sparsec.lowering.generic import GenericRegion, lower_generic
 from sparsec.targets import find_target
 
@@ -74,9 +75,25 @@ CASES = [
     *(Case(op, (positive(4, 19),)) for op in ("Sqrt", "Log", "Reciprocal")),
     *(
         Case(op, (floats(3, 33) * F32(3),))
-        for op in (
-            "Exp Erf Tanh Sigmoid Abs Neg Floor Ceil Round Sign Relu HardSwish HardSigmoid Softplus Softsign Sin Cos"
-        ).split()
+        for op in [
+            "Exp",
+            "Erf",
+            "Tanh",
+            "Sigmoid",
+            "Abs",
+            "Neg",
+            "Floor",
+            "Ceil",
+            "Round",
+            "Sign",
+            "Relu",
+            "HardSwish",
+            "HardSigmoid",
+            "Softplus",
+            "Softsign",
+            "Sin",
+            "Cos",
+        ]
     ),
     Case("Round", (np.array([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5], F32),), name="ties"),
     Case("HardSigmoid", (floats(3, 33),), attributes={"alpha": 0.3, "beta": 0.4}, name="attributes"),
@@ -115,7 +132,11 @@ CASES = [
     Case("LayerNormalization", (floats(3, 7, 8),), (positive(7, 8), floats(7, 8)), {"axis": 1}, "two axes", depth=56),
     Case("InstanceNormalization", (IMAGE,), (positive(6), floats(6)), depth=99),
     Case(
-        "BatchNormalization", (IMAGE,), (positive(6), floats(6), floats(6, seed=4), positive(6)), {"epsilon": 1e-3}, depth=3
+        "BatchNormalization",
+        (IMAGE,),
+        (positive(6), floats(6), floats(6, seed=4), positive(6)),
+        {"epsilon": 1e-3},
+        depth=3,
     ),
     Case("MeanVarianceNormalization", (IMAGE,), attributes={"axes": [0, 2, 3]}, depth=99),
     Case("LRN", (IMAGE,), attributes={"size": 5, "alpha": 0.01, "beta": 0.75, "bias": 1.5}, depth=5),
@@ -195,7 +216,14 @@ CASES = [
     Case("Conv", (floats(1, 4, 12, 33),), (floats(6, 4, 3, 3),), {"dilations": [2, 3]}, "dilated", depth=36),
     Case("Conv", (floats(1, 4, 9, 11),), (floats(6, 4, 3, 2),), {"pads": [0, 1, 2, 0]}, "asymmetric", depth=24),
     Case("Conv", (floats(1, 4, 50),), (floats(6, 4, 5), floats(6)), {"pads": [2, 2], "strides": [2]}, "1d", depth=21),
-    Case("Conv", (floats(1, 4, 9, 11),), (floats(4, 1, 3, 3),), {"group": 4, "auto_pad": "SAME_UPPER"}, "depthwise", depth=9),
+    Case(
+        "Conv",
+        (floats(1, 4, 9, 11),),
+        (floats(4, 1, 3, 3),),
+        {"group": 4, "auto_pad": "SAME_UPPER"},
+        "depthwise",
+        depth=9,
+    ),
     Case("Conv", (floats(1, 2, 5, 6, 7),), (floats(3, 2, 3, 3, 3),), {"pads": [1] * 6}, "3d", depth=54),
     Case("ConvTranspose", (floats(1, 4, 5, 6),), (floats(4, 3, 3, 3), floats(3)), {"strides": [2, 2]}, depth=37),
     Case(
@@ -220,7 +248,13 @@ CASES = [
         )
         for include in (0, 1)
     ),
-    Case("AveragePool", (IMAGE,), attributes={"kernel_shape": [2, 2], "strides": [2, 2], "ceil_mode": 1}, name="ceil", depth=4),
+    Case(
+        "AveragePool",
+        (IMAGE,),
+        attributes={"kernel_shape": [2, 2], "strides": [2, 2], "ceil_mode": 1},
+        name="ceil",
+        depth=4,
+    ),
     Case("GlobalAveragePool", (IMAGE,), depth=99),
     Case("GlobalMaxPool", (IMAGE,)),
     Case("DepthToSpace", (floats(1, 8, 3, 5),), attributes={"blocksize": 2}),
@@ -231,7 +265,10 @@ CASES = [
     Case("ArgMin", (floats(4, 30),), attributes={"axis": 1}),
     Case("CumSum", (floats(4, 30),), (np.array(1),), depth=30),
     Case("CumSum", (floats(4, 30),), (np.array(0),), {"exclusive": 1, "reverse": 1}, "reverse", depth=4),
-    *(Case(op, tuple(floats(3, 9, seed=i) for i in range(3)), name="3", depth=3) for op in ("Min", "Max", "Sum", "Mean")),
+    *(
+        Case(op, tuple(floats(3, 9, seed=i) for i in range(3)), name="3", depth=3)
+        for op in ("Min", "Max", "Sum", "Mean")
+    ),
     Case("Sum", tuple(floats(3, 9, seed=i) for i in range(10)), name="10", depth=10),
     Case("Mod", (INTS,), (np.array(4),)),
     Case("Mod", (floats(3, 9),), (np.array(0.7, F32),), {"fmod": 1}, "fmod"),
@@ -255,7 +292,9 @@ def model_of(case: Case) -> onnx.ModelProto:
             initializers.append(numpy_helper.from_array(np.asarray(array), f"c{i}"))
     outputs = [f"y{i}" for i in range(case.outputs)]
     node = helper.make_node(case.op, names, outputs, name="node", **case.attributes)
-    graph = helper.make_graph([node], "case", inputs, [helper.make_empty_tensor_value_info(o) for o in outputs], initializers)
+    graph = helper.make_graph(
+        [node], "case", inputs, [helper.make_empty_tensor_value_info(o) for o in outputs], initializers
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", case.opset)], ir_version=10)
     return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
 
@@ -293,6 +332,65 @@ def test_operator(case: Case) -> None:
     for i, reference in enumerate(expected):
         compare(case, reference, results[f"y{i}"])
     assert all(step.nodes == ("node",) for step in region.steps)
+
+
+def test_unsupported_operators_are_listed_together() -> None:
+    nodes = [
+        helper.make_node("TopK", ["x", "k"], ["v", "i"], name="top"),
+        helper.make_node("Relu", ["v"], ["r"], name="relu"),
+        helper.make_node("NonZero", ["r"], ["y"], name="holes"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 9])],
+        [
+            helper.make_tensor_value_info("y", TensorProto.INT64, [2, 6]),
+            helper.make_tensor_value_info("i", TensorProto.INT64, [2, 3]),
+        ],
+        [numpy_helper.from_array(ints(3), "k")],
+        value_info=[helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, 3]) for n in "vr"],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    with pytest.raises(UnsupportedError) as caught:
+        lower_generic(list(onnx_ir.from_proto(model).graph), MACHINE)
+    assert "2 nodes" in str(caught.value)
+    assert "top (TopK)" in str(caught.value)
+    assert "holes (NonZero)" in str(caught.value)
+
+
+def test_fused_group_keeps_its_names() -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"], name="product"),
+        helper.make_node("Add", ["m", "b"], ["a"], name="bias"),
+        helper.make_node("Sigmoid", ["a"], ["s"], name="gate"),
+        helper.make_node("Mul", ["a", "s"], ["y"], name="swish"),
+    ]
+    weights = [numpy_helper.from_array(floats(20, 33), "w"), numpy_helper.from_array(floats(33), "b")]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [9, 20])],
+        [helper.make_empty_tensor_value_info("y")],
+        weights,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    model = onnx.shape_inference.infer_shapes(model)
+    region, outputs = lower_model(model)
+    assert [step.nodes for step in region.steps] == [("product", "bias", "gate", "swish")]
+    assert region.steps[0].tiles == 9
+    assert sum(array.nbytes for array in region.constants.values()) == (20 * 33 + 33) * 4
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    expected = session.run(None, {"x": floats(9, 20)})[0]
+    result = run_region(region, {"x": floats(9, 20)}, outputs)["y"]
+    np.testing.assert_allclose(result, expected, rtol=16 * EPS, atol=64 * EPS * np.abs(expected).max())
+
+
+def test_index_outside_is_clipped_not_read() -> None:
+    case = Case("Gather", (floats(9, 5), np.array([10**9, -(10**9)])), (), {"axis": 0})
+    region, outputs = lower_model(model_of(case))
+    result = run_region(region, {"x0": case.x[0], "x1": case.x[1]}, outputs)["y0"]
+    np.testing.assert_array_equal(result, case.x[0][[8, 0]])
 
 
 DATA = os.environ.get("SPARSEC_DATA", "")
