@@ -39,7 +39,10 @@ class Data(Protocol):
     """A finite stream of samples; iterating again starts again."""
 
     labels: np.ndarray | None  # int64 [N], the model's own class order
-    digest: str  # sha256 of the content
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the content."""
 
     def __len__(self) -> int: ...
 
@@ -118,7 +121,7 @@ class Images:
     def load(self, path: Path) -> np.ndarray:
         """One image as float32 `[C, H, W]` or `[H, W, C]`, without a batch axis."""
         pixels = self._pixels(path)
-        x = pixels.astype(np.float32)
+        x: np.ndarray = pixels.astype(np.float32)
         if x.ndim == 2:
             x = x[:, :, None]
         if self.color == "bgr":
