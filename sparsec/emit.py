@@ -61,10 +61,14 @@ def _up(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+def payload_bytes(program: Program) -> int:
+    """Size of the weights, SLACK bytes behind the last included, a multiple of ALIGNMENT."""
+    return _up(max([program.weights_bytes, ALIGNMENT, *(c.offset + c.data.nbytes + SLACK for c in program.constants)]))
+
+
 def weights_payload(program: Program) -> bytes:
-    """The constants at their offsets, zeros between them, SLACK bytes behind the last; a multiple of ALIGNMENT."""
-    ends = [c.offset + c.data.nbytes + SLACK for c in program.constants]
-    payload = np.zeros(_up(max([program.weights_bytes, ALIGNMENT, *ends])), np.uint8)
+    """The constants at their offsets, zeros between and behind them: `payload_bytes`."""
+    payload = np.zeros(payload_bytes(program), np.uint8)
     for constant in program.constants:
         data = np.ascontiguousarray(constant.data).reshape(-1).view(np.uint8)
         payload[constant.offset : constant.offset + data.size] = data
@@ -148,7 +152,7 @@ def program_source(
         f"    .version = {c_string(sparsec_version())},",
         f"    .features = {c_string(' '.join(program.target.features))},",
         f"    .digest = {{{', '.join(map(str, digest))}}},",
-        f"    .weights_bytes = {len(weights_payload(program))},",
+        f"    .weights_bytes = {payload_bytes(program)},",
         f"    .arena_bytes = {arena_bytes(program)},",
         f"    .scratch_bytes = {scratch_bytes(program)},",
         f"    .threads = {threads},",

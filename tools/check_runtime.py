@@ -70,7 +70,7 @@ def lower_model(model: str, passes: Sequence[str], folder: Path) -> None:
     """Prepare `folder` for an ONNX file."""
     from sparsec.compiler import rewrite
     from sparsec.data import InputSpec
-    from sparsec.load import model_bytes
+    from sparsec.loading import model_bytes
     from sparsec.lowering import lower
     from sparsec.tolerance import tolerances
     from sparsec.verify import parity_sample
