@@ -462,9 +462,13 @@ def run(arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments
     verbose = "-v" in arguments or "--verbose" in arguments
     try:
-        code = cli.main(list(arguments), prog_name="sparsec", standalone_mode=False)
+        with cli.make_context("sparsec", list(arguments)) as context:
+            cli.invoke(context)
         sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        return 0
+    except click.exceptions.Exit as end:
+        sys.stdout.flush()
+        return end.exit_code
     except SparsecError as error:
         _fail(error.kind, error.message, error.where, as_json, verbose)
         return error.exit_code
@@ -475,7 +479,7 @@ def run(arguments: Sequence[str]) -> int:
         where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
         _fail("UsageError", " ".join(error.format_message().split()), where, as_json, verbose)
         return 2
-    except (KeyboardInterrupt, click.Abort):
+    except KeyboardInterrupt:
         _fail("Interrupted", "interrupted; nothing was written", "", as_json, False)
         return 130
     except BrokenPipeError:
