@@ -32,7 +32,6 @@ from sparsec.errors import RecipeError
 from sparsec.passes.layers import WEIGHTED, WeightedLayer, block_sums, parse_block, select_layers, spread_blocks
 from sparsec.passes_api import Context, Pass, PassResult
 
-
 SCATTERED = 0.75  # zeros count as scattered if blocks of zeros are less than this part of the share asked for
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx import version_converter
+from onnx import inliner, version_converter
 from onnx_ir.passes import common
 
 from sparsec.errors import ModelError, SparsecError, UnsupportedError, UsageError
@@ -53,14 +53,23 @@ def load_model(
     if isinstance(source, ir.Model):
         source = ir.to_proto(source)
     where = os.path.basename(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "model"
-    proto = _upgrade(_inline(read_proto(source), where), where)
+    proto = read_proto(source)
     try:
-        model = ir.from_proto(proto)
-    except Exception as error:
-        raise ModelError(f"cannot be read: {' '.join(str(error).split())[:300]}", where) from error
+        return _load(proto, dict(shapes or {}), dict(bind or {}), where, notes)
+    except SparsecError:
+        raise
+    except Exception as error:  # what onnx.checker lets through and the libraries below then stumble over
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ModelError(f"cannot be normalised: {text[:300]}", where) from error
+
+
+def _load(
+    proto: onnx.ModelProto, shapes: dict[str, Any], bind: dict[str, Any], where: str, notes: list[str]
+) -> ir.Model:
+    model = ir.from_proto(_upgrade(_inline(proto, where), where))
     _name_nodes(model.graph)
-    _drop_initializer_inputs(model.graph, bind or {}, notes)
-    _fix_shapes(model.graph, dict(shapes or {}), dict(bind or {}), where, notes)
+    _drop_initializer_inputs(model.graph, bind, notes)
+    _fix_shapes(model.graph, shapes, bind, where, notes)
     _forget_inferred_shapes(model.graph)
     normalise(model)
     _refuse_unfinished(model, where)
@@ -85,7 +94,7 @@ def normalise(model: ir.Model) -> None:
 def _inline(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
     if proto.functions:
         try:
-            proto = onnx.inliner.inline_local_functions(proto)
+            proto = inliner.inline_local_functions(proto)
         except Exception as error:
             raise ModelError(f"its functions cannot be inlined: {' '.join(str(error).split())[:300]}", where) from error
     problems = [
@@ -360,5 +369,3 @@ def model_bytes(model: ir.Model) -> bytes:
         return ir.to_proto(model).SerializeToString(deterministic=True)
     except (ValueError, OverflowError) as error:
         raise ModelError("the model is above 2 GB, which one ONNX file cannot hold") from error
-    except SparsecError:
-        raise

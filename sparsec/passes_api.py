@@ -167,7 +167,7 @@ def _from_plugin(path: str | os.PathLike[str]) -> dict[str, Registered]:
         sys.modules[module_name] = module  # dataclasses look their module up while the class is made
         try:
             exec(compile(source, str(file), "exec"), module.__dict__)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[module_name]
             line = _line_in(error, str(file))
             raise RecipeError(f"the plugin fails at import{line}: {_one_line(error)}", where) from error

@@ -4,7 +4,7 @@ claims equal outputs they are compared; each step can be written to a folder."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -183,13 +183,3 @@ def _write(folder: Path | None, name: str, data: bytes) -> None:
         (folder / name).write_bytes(data)
     except OSError as error:
         raise UsageError(f"cannot write {folder / name}: {error.strerror}", "--dump") from error
-
-
-def list_records(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line a record, for people."""
-    lines = []
-    for record in records:
-        options = ",".join(f"{k}={v}" for k, v in record["options"].items())
-        changed = "" if record["modified"] else ": changed nothing"
-        lines.append(f"{record['name']}{':' + options if options else ''} ({record['origin']}){changed}")
-    return lines

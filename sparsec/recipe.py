@@ -12,6 +12,7 @@ target: arm                       # optional
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +54,8 @@ class Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases (a few lines of which can expand to gigabytes) and without repeated keys."""
+    """Safe YAML without aliases (a few lines of which can expand to gigabytes), repeated keys and numbers to base 60
+    (`nm: 2:4` would be 124)."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
@@ -68,6 +70,20 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
+
+
+def _plain_numbers(loader: type[yaml.SafeLoader]) -> None:
+    numbers = {
+        "tag:yaml.org,2002:int": re.compile(r"[-+]?[0-9]+$"),
+        "tag:yaml.org,2002:float": re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
+    }
+    loader.yaml_implicit_resolvers = {
+        first: [(tag, numbers.get(tag, pattern)) for tag, pattern in resolvers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_plain_numbers(_Loader)
 
 
 def load_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
