@@ -125,9 +125,9 @@ class NativeSession(Session):
         outs = {spec.name: np.empty(spec.shape, spec.dtype) for spec in self._artifact.outputs}
         sources = (ctypes.c_void_p * max(1, len(ins)))(*(a.ctypes.data for a in ins))
         sinks = (ctypes.c_void_p * len(outs))(*(a.ctypes.data for a in outs.values()))
-        run, keep = library.sparsec_run, ins  # `keep`: the arrays must outlive the pointers
+        run = library.sparsec_run
 
-        def call(keep: object = keep) -> int:
+        def call(keep: object = (ins, outs)) -> int:  # the arrays must outlive the pointers
             return run(model, sources, sinks)
 
         return call, outs
