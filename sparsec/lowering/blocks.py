@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import tvm_ffi
@@ -24,7 +25,7 @@ def schedule(func: Any) -> Any:
         return func
     for block in blocks:
         if _inlinable(sch, block):
-            _try(lambda block=block: sch.compute_inline(block))
+            _try(partial(sch.compute_inline, block))
     bindings: dict[str, list[Any]] = {}
 
     def visit(realize: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -77,7 +78,7 @@ def expand_nodes(
     return result
 
 
-def _attribute(node: onnx.NodeProto, name: str, default: object) -> object:
+def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
     for attribute in node.attribute:
         if attribute.name == name:
             value = helper.get_attribute_value(attribute)
@@ -127,7 +128,7 @@ def _one_hot(node: onnx.NodeProto, context: _Context) -> list[onnx.NodeProto]:
     classes = int(context.value(depth).reshape(-1)[0])
     off, on = context.value(values)
     rank = len(context.shape(indices))
-    axis = int(_attribute(node, "axis", -1)) % (rank + 1)  # type: ignore[call-overload]
+    axis = int(_attribute(node, "axis", -1)) % (rank + 1)
     output = node.output[0]
     dtype = helper.tensor_dtype_to_np_dtype(context.type_of(indices).tensor_type.elem_type)
     line = np.arange(classes, dtype=dtype).reshape([-1 if d == axis else 1 for d in range(rank + 1)])
@@ -155,7 +156,7 @@ def _resize(node: onnx.NodeProto, context: _Context) -> list[onnx.NodeProto]:
     if transform == "tf_crop_and_resize" or _attribute(node, "antialias", 0) or policy != "stretch":
         raise ExpansionError("Resize with antialias, a crop or a kept aspect ratio has no lowering")
     shape = context.shape(x)
-    axes = [a % len(shape) for a in _attribute(node, "axes", range(len(shape)))]  # type: ignore[attr-defined]
+    axes = [a % len(shape) for a in _attribute(node, "axes", range(len(shape)))]
     scales = context.value(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(0, np.float32)
     if scales.size:
         sizes = [int(np.floor(np.float32(shape[a]) * s)) for a, s in zip(axes, scales, strict=True)]
@@ -213,7 +214,7 @@ def _positions(n: int, m: int, scale: np.float32, transform: str) -> np.ndarray:
 def _taps(node: onnx.NodeProto, mode: str, x: np.ndarray, n: int) -> list[tuple[np.ndarray, np.ndarray | None]]:
     """Indices and weights whose weighted sum is the result; no weight means 1."""
     if mode == "nearest":
-        rounding = {
+        rounding: dict[str, Callable[[np.ndarray], np.ndarray]] = {
             "round_prefer_floor": lambda v: np.ceil(v - np.float32(0.5)),
             "round_prefer_ceil": lambda v: np.floor(v + np.float32(0.5)),
             "floor": np.floor,
@@ -227,7 +228,7 @@ def _taps(node: onnx.NodeProto, mode: str, x: np.ndarray, n: int) -> list[tuple[
         share = x - low
         return [(low, 1 - share), (np.minimum(low + 1, n - 1), share)]
     if mode == "cubic":
-        a = np.float32(_attribute(node, "cubic_coeff_a", -0.75))  # type: ignore[arg-type]
+        a = np.float32(_attribute(node, "cubic_coeff_a", -0.75))
         low = np.floor(x)
         t = x - low
         weights = [
@@ -249,7 +250,7 @@ def _function_body(node: onnx.NodeProto, context: _Context) -> list[onnx.NodePro
     """The function that ONNX defines for an operator the importer lacks."""
     if node.op_type in context.importable or not onnx.defs.has(node.op_type):
         return None
-    schema = onnx.defs.get_schema(node.op_type, context.opset)
+    schema: Any = onnx.defs.get_schema(node.op_type, context.opset)
     plain = [v for v in schema.function_opset_versions if v <= context.opset]
     dependent = [v for v in schema.context_dependent_function_opset_versions if v <= context.opset]
     if plain:

@@ -41,7 +41,7 @@ _OPS: dict[str, Callable[..., np.ndarray]] = {
     "relax.divide": lambda _, a, b: a / b,
     "relax.sqrt": lambda _, x: np.sqrt(x),
     "relax.less": lambda _, a, b: a < b,
-    "relax.where": lambda _, c, a, b: np.where(c, a, b),
+    "relax.where": lambda _, c, a, b: np.asarray(np.where(c, a, b)),
 }
 
 

@@ -59,13 +59,14 @@ def substitute(stmt: Any, values: dict[Any, Any]) -> Any:
 def accesses_of(stmt: Any) -> dict[Any, list[tuple[bool, list[Any]]]]:
     """Buffer -> (is it a write, indices) of each access."""
     found: dict[Any, list[tuple[bool, list[Any]]]] = {}
-    tvm_ffi.structural_walk(
-        stmt,
-        [
-            (TensorLoad, lambda load: found.setdefault(load.source, []).append((False, list(load.indices))) and None),
-            (tirx.BufferStore, lambda s: found.setdefault(s.buffer, []).append((True, list(s.indices))) and None),
-        ],
-    )
+
+    def load(node: Any) -> None:
+        found.setdefault(node.source, []).append((False, list(node.indices)))
+
+    def store(node: Any) -> None:
+        found.setdefault(node.buffer, []).append((True, list(node.indices)))
+
+    tvm_ffi.structural_walk(stmt, [(TensorLoad, load), (tirx.BufferStore, store)])
     return found
 
 

@@ -234,8 +234,8 @@ def _nest(group: _Group, names: dict[Any, str], private: set[Any], lanes: int) -
         raise ValueError(f"a loop nest uses {len(order)} buffers, at most {MAX_ARGS} can be passed")
     flat = {b: tirx.decl_buffer((max(1, math.prod(shape_of(b))),), str(b.dtype), names[b]) for b in order}
     stack = {}
-    for i, (buffer, dims) in enumerate(local.items()):
-        kept = math.prod(e for d, e in enumerate(shape_of(buffer)) if d not in dims)
+    for i, (buffer, fixed) in enumerate(local.items()):
+        kept = math.prod(e for d, e in enumerate(shape_of(buffer)) if d not in fixed)
         stack[buffer] = tirx.decl_buffer((kept,), str(buffer.dtype), f"l{i}", scope="local")
     body = _flatten(group.body, flat, stack, local)
     loops = group.loops
