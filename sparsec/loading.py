@@ -186,16 +186,17 @@ def _name_nodes(graph: ir.Graph) -> None:
 
 
 def _drop_initializer_inputs(graph: ir.Graph, bind: Mapping[str, Any], notes: list[str]) -> None:
-    """Inputs with a default value are constants, unless the user gives a shape or value for them."""
-    defaulted = [v for v in graph.inputs if v.is_initializer()]
-    for value in defaulted:
-        graph.inputs.remove(value)
+    """Inputs with a default value are constants of that value, unless `bind` gives another."""
+    dropped = []
+    for value in [v for v in graph.inputs if v.is_initializer()]:
         if value.name in bind:
-            del graph.initializers[value.name]
-            graph.inputs.append(value)
-    used = [v.name for v in defaulted if v.uses() and v.name not in bind]
-    if used and len(used) < len(defaulted) + 1 and not any(v in graph.inputs for v in defaulted):
-        notes.append(f"{len(used)} inputs have default values and became constants")
+            del graph.initializers[str(value.name)]
+            continue
+        graph.inputs.remove(value)
+        if value.uses():
+            dropped.append(value.name)
+    if dropped:
+        notes.append(f"{len(dropped)} inputs have default values and became constants")
 
 
 def _dims(value: ir.Value) -> list[int | str | None] | None:
@@ -275,32 +276,39 @@ def _symbols(graph: ir.Graph, shapes: dict[str, Any], bind: dict[str, Any], note
 
 def _bind(graph: ir.Graph, value: ir.Value, given: Any) -> None:
     option = f"--bind {value.name}"
+    if value.dtype is None:
+        raise UsageError("the input has no element type", option)
     dtype = value.dtype.numpy()
     try:
-        if isinstance(given, str):
-            given = [float(p) if not p.strip().lstrip("+-").isdigit() else int(p) for p in given.split("+") if p != ""]
-            given = given[0] if len(given) == 1 else given
-        array = np.asarray(given)
-        if array.dtype.kind not in "biuf":
-            raise ValueError(given)
+        array = np.asarray(_numbers(given) if isinstance(given, str) else given)
     except (TypeError, ValueError):
-        raise UsageError(f"expected numbers of type {dtype}, got {given!r}", option) from None
-    if np.issubdtype(dtype, np.integer) and not np.array_equal(array, np.asarray(array).astype(dtype)):
+        array = np.asarray("")
+    if array.dtype.kind not in "biuf":
+        raise UsageError(f"expected numbers of type {dtype}, got {given!r}", option)
+    whole = np.issubdtype(dtype, np.integer)
+    if whole and not (np.isfinite(array).all() and np.array_equal(array, array.astype(dtype))):
         raise UsageError(f"expected whole numbers of type {dtype}, got {given!r}", option)
     dims = _dims(value)
-    if dims is not None and array.size == 1 and all(_is_size(d) for d in dims):
-        array = np.full(dims, array.reshape(-1)[0])
-    fits = dims is None or (
-        len(dims) == array.ndim and all(not _is_size(d) or d == s for d, s in zip(dims, array.shape, strict=True))
-    )
-    if not fits and dims is not None and all(_is_size(d) for d in dims) and array.size == np.prod(dims, dtype=np.int64):
-        array, fits = array.reshape(dims), True
-    if not fits:
+    fixed = [d for d in dims or () if isinstance(d, int) and d > 0]
+    if dims is not None and len(fixed) == len(dims):  # one number fills the input, a flat list takes its shape
+        if array.size == 1:
+            array = np.full(fixed, array.reshape(-1)[0])
+        elif array.size == np.prod(fixed, dtype=np.int64):
+            array = array.reshape(fixed)
+    if dims is not None and (
+        len(dims) != array.ndim or any(_is_size(d) and d != s for d, s in zip(dims, array.shape, strict=True))
+    ):
         raise UsageError(f"the input has shape {dims}, got a value of shape {list(array.shape)}", option)
-    tensor = ir.tensor(np.asarray(array.astype(dtype), order="C"), name=value.name)
     graph.inputs.remove(value)
-    value.shape, value.const_value = ir.Shape(array.shape), tensor
+    value.shape = ir.Shape(array.shape)
+    value.const_value = ir.tensor(np.asarray(array.astype(dtype), order="C"), name=value.name)
     graph.register_initializer(value)
+
+
+def _numbers(text: str) -> list[float] | float:
+    """`2`, `0.5` or `1+2+3`."""
+    numbers = [int(p) if p.strip().lstrip("-").isdigit() else float(p) for p in text.split("+")]
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def _forget_inferred_shapes(graph: ir.Graph) -> None:

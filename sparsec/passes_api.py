@@ -17,6 +17,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
@@ -124,7 +125,11 @@ def _built_in() -> dict[str, Registered]:
     from sparsec import __version__
     from sparsec.passes import BUILT_IN
 
-    return {cls.name: Registered(cls.name, "built-in", __version__, lambda cls=cls: cls) for cls in BUILT_IN}
+    return {cls.name: Registered(cls.name, "built-in", __version__, partial(_same, cls)) for cls in BUILT_IN}
+
+
+def _same(cls: Any) -> Any:
+    return cls
 
 
 def _from_entry_points() -> dict[str, Registered]:
@@ -178,7 +183,7 @@ def _from_plugin(path: str | os.PathLike[str]) -> dict[str, Registered]:
         if inspect.isabstract(cls) or not dataclasses.is_dataclass(cls):
             raise RecipeError(f"{cls.__name__} must be a frozen dataclass that implements call(model)", where)
     origin = f"plugin {file.name}"
-    return {c.name: Registered(c.name, origin, f"sha256:{digest}", lambda c=c: c) for c in classes}
+    return {c.name: Registered(c.name, origin, f"sha256:{digest}", partial(_same, c)) for c in classes}
 
 
 def _line_in(error: BaseException, filename: str) -> str:
