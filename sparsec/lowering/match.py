@@ -10,7 +10,7 @@ node stands, so that everything it reads is ready.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ import onnx_ir as ir
 from sparsec.kernels.epilogue import NONE, Activation, Residual
 
 _UNARY = ("Relu", "Clip", "LeakyRelu", "HardSwish", "HardSigmoid", "Sigmoid", "Tanh", "Gelu")
-_CONE = ("Mul", "Div", "Add", "Erf", "Clip", "Sigmoid", "HardSigmoid")  # what decomposed activations are made of
-_CONE_NODES = 6
+_CONE = ("Mul", "Div", "Add", "Erf", "Tanh", "Pow", "Clip", "Sigmoid", "HardSigmoid")  # what decomposed activations are made of
+_CONE_NODES = 9
+VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")  # the same elements in the same order
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ def _near(a: float, b: float) -> bool:
 def _decomposed(end: ir.Value, x: ir.Value) -> Activation | None:
     """The activation of x that `end` is, if it is x times a gate of x.
 
-    silu x sigmoid(x); hardswish x clip(x + 3, 0, 6) / 6 or x hardsigmoid(x; 1/6, 1/2); gelu x (erf(x / sqrt 2) + 1) / 2.
+    silu x sigmoid(x); hardswish x clip(x + 3, 0, 6) / 6 or x hardsigmoid(x; 1/6, 1/2); gelu x (erf(x / sqrt 2) + 1) / 2;
+    gelu_tanh x (tanh(sqrt(2 / pi) (x + 0.044715 x^3)) + 1) / 2.
     """
     factors, scale = _factors(end, x)
     if len(factors) != 2 or not any(f is x for f in factors):
@@ -157,12 +159,33 @@ def _decomposed(end: ir.Value, x: ir.Value) -> Activation | None:
         fits = clip and (clip.alpha, clip.beta) == (0.0, 6.0) and shift and shift[0] is x and shift[1] == 3.0
         return Activation("hardswish") if fits else None
     shift = _shifted(gate, "Add")
-    erf = shift[0].producer() if shift and shift[1] == 1.0 else None
-    if erf is not None and erf.op_type == "Erf" and _near(scale, 0.5):
-        inner, inner_scale = _factors(erf.inputs[0], x)  # type: ignore[arg-type]
-        if len(inner) == 1 and inner[0] is x and _near(inner_scale, math.sqrt(0.5)):
-            return Activation("gelu")
-    return None
+    inner = shift[0].producer() if shift and shift[1] == 1.0 and _near(scale, 0.5) else None
+    if inner is None or inner.op_type not in ("Erf", "Tanh") or inner.inputs[0] is None:
+        return None
+    argument, factor = _factors(inner.inputs[0], x)
+    if len(argument) != 1:
+        return None
+    if inner.op_type == "Erf":
+        return Activation("gelu") if argument[0] is x and _near(factor, math.sqrt(0.5)) else None
+    fits = _near(factor, math.sqrt(2 / math.pi)) and _is_cubic(argument[0], x)
+    return Activation("gelu_tanh") if fits else None
+
+
+def _is_cubic(value: ir.Value, x: ir.Value) -> bool:
+    """Whether `value` = x + 0.044715 x^3."""
+    node = value.producer()
+    if node is None or node.op_type != "Add" or not any(v is x for v in node.inputs):
+        return False
+    cubic = node.inputs[1] if node.inputs[0] is x else node.inputs[0]
+    if cubic is None:
+        return False
+    factors, scale = _factors(cubic, x)
+    if not _near(scale, 0.044715):
+        return False
+    if len(factors) == 1:
+        power = factors[0].producer()
+        return power is not None and power.op_type == "Pow" and power.inputs[0] is x and scalar(power.inputs[1]) == 3.0
+    return len(factors) == 3 and all(f is x for f in factors)
 
 
 def _cone(x: ir.Value) -> list[ir.Node]:
@@ -238,35 +261,49 @@ def _bias(x: ir.Value) -> tuple[ir.Node, ir.Value] | None:
     return (node, other) if fits and other is not None else None
 
 
+def past_views(value: ir.Value) -> tuple[list[ir.Node], ir.Value]:
+    """The Reshapes that alone read `value`, one behind the other, and what the last one gives."""
+    nodes: list[ir.Node] = []
+    while True:
+        node = only_consumer(value)
+        if node is None or node.op_type not in VIEWS or node.inputs[0] is not value:
+            return nodes, value
+        nodes.append(node)
+        value = node.outputs[0]
+
+
 def fuse(
     main: ir.Node, taken: Set[ir.Node], *, bias: bool = False, residual: bool = True, activation: bool = True
 ) -> Group:
     """`main` with all that can be fused behind it; `taken`: nodes that other groups hold already."""
 
-    def free(found: Any) -> Any:
-        return (
-            None
-            if found is None or not taken.isdisjoint(found[1] if isinstance(found[1], list) else [found[0]])
-            else found
-        )
-
     value = main.outputs[0]
     nodes = [main]
+
+    def find(search: Callable[[ir.Value], Any]) -> Any:
+        """What `search` finds behind the value, or behind Reshapes of it, if no other group has it."""
+        views, behind = past_views(value)
+        for seen, at in (([], value), (views, behind)):
+            found = search(at)
+            if found is not None:
+                more = found[1] if isinstance(found[1], list) else [found[0]]
+                if taken.isdisjoint((*seen, *more)):
+                    nodes.extend((*seen, *more))
+                    return found
+        return None
+
     found_bias = None
-    if bias and (added := free(_bias(value))):
+    if bias and (added := _bias(value)) and added[0] not in taken:
         nodes.append(added[0])
         found_bias, value = added[1], added[0].outputs[0]
     applied, kind, other = NONE, "none", None
-    if activation and (found := free(find_activation(value))):
-        applied, more, value = found
-        nodes += more
-    if residual and (added := free(_residual(value))):
+    if activation and (found := find(find_activation)):
+        applied, _, value = found
+    if residual and (added := find(_residual)):
         kind = "after" if applied != NONE else "before"
-        nodes.append(added[0])
         other, value = added[1], added[0].outputs[0]
-        if activation and applied == NONE and (found := free(find_activation(value))):
-            applied, more, value = found
-            nodes += more
+        if activation and applied == NONE and (found := find(find_activation)):
+            applied, _, value = found
     return Group(main, in_graph_order(nodes), value, found_bias, applied, kind, other)  # type: ignore[arg-type]
 
 

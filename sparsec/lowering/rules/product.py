@@ -6,11 +6,13 @@ Gemm go into weight and bias. Leading axes of x fold into M.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 
 from sparsec.kernels import gemm
-from sparsec.lowering.match import Group, attribute, constant, dims, fuse
+from sparsec.lowering.match import VIEWS, Group, attribute, constant, dims, fuse, only_consumer, scalar
 from sparsec.lowering.rules.base import Context, Taken, dtype_of, emit_simple
 from sparsec.lowering.structure import detect_structure
 
@@ -69,6 +71,7 @@ def take_matmul(node: ir.Node, context: Context) -> Taken | str | None:
     left, right = dims(a), dims(b)
     if len(left) < 2 or len(right) < 2:
         return "one side is a vector"
+    turned = _transposed(b, context)
     batches = (int(np.prod(left[:-2])), int(np.prod(right[:-2])))
     if batches[0] != batches[1] and 1 not in batches:
         return "batches that broadcast in part"
@@ -80,8 +83,44 @@ def take_matmul(node: ir.Node, context: Context) -> Taken | str | None:
     if batches[1] == 1 and batch > 1:  # rows of all batches against one right side
         m, batch = m * batch, 1
     group = fuse(node, context.taken, residual=False)
+    scale = 1.0
+    if len(group.nodes) == 1 and (scaled := _scale(node.outputs[0])) and scaled[0] not in context.taken:
+        scale = scaled[1]
+        behind = fuse(scaled[0], context.taken, residual=False)
+        group = replace(behind, main=node, nodes=(node, *behind.nodes))
+    if turned is not None:
+        b = turned.inputs[0]
+        assert b is not None
+        group = replace(group, nodes=(turned, *group.nodes))
     call = gemm.bind_matmul(
-        context.machine, batch=batch, m=m, k=k, n=n, a_shared=batches[0] == 1 and batch > 1, activation=group.activation
-    )
+        context.machine, batch=batch, m=m, k=k, n=n, transposed=turned is not None,
+        a_shared=batches[0] == 1 and batch > 1, scale=scale, activation=group.activation,
+    )  # fmt: skip
     us = batch * gemm.predict_us(context.machine, m, k, n)
     return Taken(group, emit_simple(group, call, {"a": a, "b": b}, "two activations", us))
+
+
+def _scale(value: ir.Value) -> tuple[ir.Node, float] | None:
+    """The Mul or Div of `value` by a scalar, and the factor."""
+    node = only_consumer(value)
+    if node is None or node.op_type not in ("Mul", "Div"):
+        return None
+    number = scalar(node.inputs[1] if node.inputs[0] is value else node.inputs[0])
+    if number is None or (node.op_type == "Div" and (node.inputs[0] is not value or number == 0)):
+        return None
+    return node, number if node.op_type == "Mul" else 1.0 / number
+
+
+def _transposed(b: ir.Value, context: Context) -> ir.Node | None:
+    """The Transpose of the last two axes that makes `b`, through Reshapes that keep them, if nothing else reads it."""
+    node, shape = b.producer(), dims(b)
+    while node is not None and node.op_type in VIEWS and only_consumer(node.outputs[0]) is not None:
+        b = node.inputs[0]  # type: ignore[assignment]
+        if dims(b)[-2:] != shape[-2:]:
+            return None
+        node = b.producer()
+    if node is None or node.op_type != "Transpose" or only_consumer(node.outputs[0]) is None or node in context.taken:
+        return None
+    rank = len(dims(node.outputs[0]))
+    order = list(attribute(node, "perm", range(rank)[::-1]))  # type: ignore[call-overload]
+    return node if order == [*range(rank - 2), rank - 1, rank - 2] else None
