@@ -25,8 +25,8 @@ from sparsec.verify import Verification
 
 VARIANTS = {
     "dense": (),
-    "30% 4x1": ("prune:sparsity=0.3,block=4x1",),
     "50% 4x1": ("prune:sparsity=0.5,block=4x1",),
+    "80% 4x1": ("prune:sparsity=0.8,block=4x1",),
 }
 TARGETS = ("host", "arm")
 
@@ -88,9 +88,7 @@ def print_rows(rows: list[Row], samples: int, console: Console) -> None:
 def main() -> int:
     """Run the demonstration."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path("out"), help="folder for artifacts (default: out)"
-    )
+    parser.add_argument("-o", "--output", type=Path, default=Path("out"), help="folder for artifacts (default: out)")
     parser.add_argument("--samples", type=int, default=500, help="held-out samples (default: 500)")
     parser.add_argument("--runs", type=int, default=200, help="timed runs (default: 200)")
     options = parser.parse_args()
