@@ -48,9 +48,16 @@ class WeightedLayer:
         return value
 
     @property
+    def tensor(self) -> ir.TensorProtocol:
+        """The initializer's tensor, as stored."""
+        tensor = self.weight.const_value
+        assert tensor is not None
+        return tensor
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         """OC, IC, KH, KW."""
-        dims = tuple(int(d) for d in self.weight.const_value.shape.dims)
+        dims = _dims(self.tensor)
         if self.op == "Conv":
             oc, ic, *kernel = dims
             return oc, ic, int(np.prod(kernel[:-1], dtype=np.int64)), kernel[-1]
@@ -74,7 +81,7 @@ class WeightedLayer:
 
     def read(self) -> np.ndarray:
         """The weight as [OC, IC, KH, KW]; may be a view, do not write to it."""
-        array = self.weight.const_value.numpy()
+        array = self.tensor.numpy()
         if self.op == "Conv":
             return array.reshape(self.shape)
         matrix = array.reshape(array.shape[-2:])
@@ -82,11 +89,15 @@ class WeightedLayer:
 
     def write(self, oihw: np.ndarray) -> None:
         """Store [OC, IC, KH, KW] back in the node's own form, for every reader of the initializer."""
-        tensor = self.weight.const_value
+        tensor = self.tensor
         matrix = oihw if self.op == "Conv" else oihw.reshape(self.shape[:2])
-        stored = (matrix.T if self.transposed else matrix).reshape(tuple(int(d) for d in tensor.shape.dims))
+        stored = (matrix.T if self.transposed else matrix).reshape(_dims(tensor))
         stored = np.asarray(stored, order="C").astype(tensor.dtype.numpy(), copy=False)
         self.weight.const_value = ir.Tensor(stored, dtype=tensor.dtype, name=self.weight.name)
+
+
+def _dims(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    return tuple(int(str(d)) for d in tensor.shape)
 
 
 def weighted_layers(model: ir.Model) -> Iterator[WeightedLayer]:
@@ -102,33 +113,31 @@ def as_layer(node: ir.Node) -> WeightedLayer | str:
     if node.domain not in ("", "ai.onnx") or node.op_type not in WEIGHTED:
         return f"{node.op_type} has no weight"
     if node.op_type == "Conv":
-        if not _is_weight(node.inputs[1]):
+        dims = _weight_dims(node.inputs[1])
+        if dims is None:
             return "its weight is not a constant float tensor"
-        if len(node.inputs[1].const_value.shape) < 3:
+        if len(dims) < 3:
             return "its kernel has no spatial axis"
         return WeightedLayer(node, "Conv", 1, transposed=False, groups=node.attributes.get_int("group", 1))
     if node.op_type == "Gemm":
-        if not _is_weight(node.inputs[1]):
+        if _weight_dims(node.inputs[1]) is None:
             return "its B is not a constant float tensor"
         return WeightedLayer(node, "Gemm", 1, transposed=not node.attributes.get_int("transB", 0))
     for index, transposed in ((1, True), (0, False)):
-        value = node.inputs[index]
-        if _is_weight(value):
-            dims = value.const_value.shape.dims
+        dims = _weight_dims(node.inputs[index])
+        if dims is not None:
             if len(dims) < 2 or any(d != 1 for d in dims[:-2]):
                 return f"its constant operand has shape {list(dims)}, expected one matrix"
             return WeightedLayer(node, "MatMul", index, transposed=transposed)
     return "neither operand is a constant float matrix"
 
 
-def _is_weight(value: ir.Value | None) -> bool:
-    return (
-        value is not None
-        and value.const_value is not None
-        and not value.is_graph_input()
-        and value.const_value.dtype in FLOATS
-        and 0 not in value.const_value.shape.dims
-    )
+def _weight_dims(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The shape of a constant float weight, None for anything else."""
+    if value is None or value.const_value is None or value.is_graph_input() or value.const_value.dtype not in FLOATS:
+        return None
+    dims = _dims(value.const_value)
+    return None if 0 in dims else dims
 
 
 @dataclass(frozen=True)
