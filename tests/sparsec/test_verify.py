@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -205,3 +206,20 @@ def test_tolerance_holds_for_rounding_and_no_more(length: int, k: int) -> None:
             wrong = wrong @ damaged
         assert errors(rounded, exact)[1] < allowed
         assert errors(wrong, exact)[1] > allowed
+
+
+@pytest.mark.skipif("SPARSEC_DATA" not in os.environ, reason="SPARSEC_DATA is not set")
+def test_real_model_on_real_images(tmp_path: Path) -> None:
+    """SqueezeNet 1.1 on 10 photographs: parity, and the same first class as ONNX Runtime on every one."""
+    data = Path(os.environ["SPARSEC_DATA"])
+    for path in sorted((data / "images/imagenet").iterdir())[::50]:
+        (tmp_path / path.name).symlink_to(path)
+    model = data / "models/squeezenet1.1.onnx"
+    spec = "resize=256,crop=224,scale=255,mean=0.485+0.456+0.406,std=0.229+0.224+0.225,color=rgb,layout=nchw"
+    result = sparsec.compile(model).verify(data=tmp_path, preprocess=spec, against=model)
+    assert result.passed
+    assert result.samples == result.same_top1 == 10
+    assert result.accuracy is not None
+    assert result.accuracy["artifact"] == result.accuracy["reference"] >= 0.3
+    assert result.fidelity is not None
+    assert result.fidelity["top1_agreement"] == 1
