@@ -18,7 +18,7 @@ from onnx import inliner, version_converter
 from onnx_ir.passes import common
 
 from sparsec.errors import ModelError, SparsecError, UnsupportedError, UsageError
-from sparsec.passes import ExplicitPads, FoldBatchNorm, FoldConstants, RemoveNoOps
+from sparsec.passes import ExplicitPads, FoldBatchNorm, FoldConstants, FuseLayerNorm, RemoveNoOps
 from sparsec.passes.fold_constants import has_subgraph, remove_unused_initializers, static_shape
 from sparsec.passes_api import META_KEY, Pass
 from sparsec.reading import check_proto, read_proto
@@ -28,7 +28,14 @@ OPSET = 21  # what passes and lowering see; ONNX Runtime >= 1.20 runs it
 IR_VERSION = 10  # of opset 21
 
 # Shapes first (the others need them); again at the end, since folding may leave constants to fold.
-NORMALISE: tuple[Pass, ...] = (FoldConstants(), RemoveNoOps(), ExplicitPads(), FoldBatchNorm(), FoldConstants())
+NORMALISE: tuple[Pass, ...] = (
+    FoldConstants(),
+    RemoveNoOps(),
+    ExplicitPads(),
+    FoldBatchNorm(),
+    FoldConstants(),
+    FuseLayerNorm(),
+)
 
 STANDARD_DOMAINS = ("", "ai.onnx")
 LISTED = 20  # unsupported things named in one message; the rest are counted
