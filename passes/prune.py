@@ -32,6 +32,7 @@ from sparsec.errors import RecipeError
 from sparsec.passes.layers import WEIGHTED, WeightedLayer, block_sums, parse_block, select_layers, spread_blocks
 from sparsec.passes_api import Context, Pass, PassResult
 
+DEFAULT_SPARSITY = 0.5
 SCATTERED = 0.75  # zeros count as scattered if blocks of zeros are less than this part of the share asked for
 
 
@@ -39,14 +40,14 @@ SCATTERED = 0.75  # zeros count as scattered if blocks of zeros are less than th
 class Prune(Pass):
     """Zero the least important weights, by magnitude: unstructured, RxC blocks or N:M.
 
-    `sparsity`: zero share over the matched layers together (default 0.5). `block`: output x input channels. `nm`: N:M
+    `sparsity`: zero share over the matched layers together. `block`: output x input channels. `nm`: N:M
     instead of `sparsity` and `block`. `floor`: share of its blocks that each layer keeps under scope=global.
     `include`, `exclude`: globs over node names. `types`: operators considered.
     """
 
     name: ClassVar[str] = "prune"
 
-    sparsity: float | None = None
+    sparsity: float = DEFAULT_SPARSITY
     block: str = "1x1"
     nm: str = ""
     scope: Literal["layer", "global"] = "layer"
@@ -56,7 +57,7 @@ class Prune(Pass):
     types: tuple[str, ...] = WEIGHTED
 
     def __post_init__(self) -> None:
-        if self.sparsity is not None and not 0 <= self.sparsity <= 1:
+        if not 0 <= self.sparsity <= 1:
             raise RecipeError(f"prune: sparsity is a share from 0 to 1, got {self.sparsity}")
         if not 0 <= self.floor <= 1:
             raise RecipeError(f"prune: floor is a share from 0 to 1, got {self.floor}")
@@ -69,7 +70,7 @@ class Prune(Pass):
             raise RecipeError(f"prune: block must be {expected}, got {self.block!r}") from None
         if self.nm:
             _parse_nm(self.nm)
-            if self.block != "1x1" or self.sparsity is not None:
+            if self.block != "1x1" or self.sparsity != DEFAULT_SPARSITY:
                 raise RecipeError("prune: nm fixes the pattern and the share; give it without block and sparsity")
         unknown = [t for t in self.types if t not in WEIGHTED]
         if unknown or not self.types:
@@ -105,21 +106,17 @@ class Prune(Pass):
         for w in weights:
             dead = block_sums((w != 0).astype(np.int64), rows, columns) == 0
             filled += int(spread_blocks(dead, rows, columns, w.shape).sum())
-        if zeros >= self._share and filled / total < SCATTERED * self._share:
+        if zeros >= self.sparsity and filled / total < SCATTERED * self.sparsity:
             text = f"the matched layers are {zeros:.3f} zero already, but {self.block} blocks hold only"
             raise RecipeError(f"{text} {filled / total:.3f} of the weights; ask for a sparsity above {zeros:.3f}")
-
-    @property
-    def _share(self) -> float:
-        return 0.5 if self.sparsity is None else self.sparsity
 
     def _block_masks(self, layers: Sequence[WeightedLayer]) -> list[np.ndarray]:
         rows, columns = parse_block(self.block)
         grids = [_grid(layer.read(), rows, columns) for layer in layers]
         if self.scope == "layer":
-            kept = _keep_by_layer(grids, self._share)
+            kept = _keep_by_layer(grids, self.sparsity)
         else:
-            kept = _keep_globally(grids, self._share, self.floor)
+            kept = _keep_globally(grids, self.sparsity, self.floor)
         blocks = [k.reshape(grid.shape) for k, grid in zip(kept, grids, strict=True)]
         return [spread_blocks(b, rows, columns, layer.shape) for b, layer in zip(blocks, layers, strict=True)]
 

@@ -273,7 +273,7 @@ BAD = {
     "empty block": ({"block": "0x4"}, "block must be RxC"),
     "nm": ({"nm": "4:2"}, "nm must be N:M"),
     "nm and block": ({"nm": "2:4", "block": "4x1"}, "without block and sparsity"),
-    "nm and sparsity": ({"nm": "2:4", "sparsity": 0.5}, "without block and sparsity"),
+    "nm and sparsity": ({"nm": "2:4", "sparsity": 0.8}, "without block and sparsity"),
     "scope": ({"scope": "net"}, "layer or global"),
     "types": ({"types": ("Conv", "LSTM")}, "types must be some of"),
 }

@@ -123,7 +123,7 @@ def test_spec_values_are_typed() -> None:
     step = parse_spec("prune:sparsity=0.75,block=8x1,include=layer3.*+head,scope=global,floor=0")
     assert step == Prune(sparsity=0.75, block="8x1", include=("layer3.*", "head"), scope="global", floor=0.0)
     assert parse_spec("prune:nm=2:4") == Prune(nm="2:4")
-    assert parse_spec("prune:sparsity=none") == Prune()
+    assert parse_spec("prune") == Prune(sparsity=0.5)
 
 
 SPECS = {
