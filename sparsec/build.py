@@ -160,19 +160,33 @@ def _source(name: str) -> bytes:
     return resources.files("sparsec.runtimes.c").joinpath(name).read_bytes()
 
 
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
 def cache_folder() -> Path:
-    """Where runtime objects are kept: SPARSEC_CACHE, else the user's cache folder."""
+    """Where runtime objects are kept: SPARSEC_CACHE, else a folder in the user's cache."""
     chosen = os.environ.get("SPARSEC_CACHE")
-    if chosen:
+    return Path(chosen) if chosen else _user_cache() / "sparsec"
+
+
+def _zig_cache() -> Path:
+    """Where ziglang keeps the C libraries that it builds: with ours if SPARSEC_CACHE is set, else in its usual place."""
+    if chosen := os.environ.get("ZIG_GLOBAL_CACHE_DIR"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sparsec")
+    return cache_folder() / "zig" if os.environ.get("SPARSEC_CACHE") else _user_cache() / "zig"
 
 
 def _zig(arguments: Sequence[str], folder: Path) -> None:
     """Run ziglang in `folder`. Raises BuildError with its output."""
-    environment = dict(os.environ)
-    if os.environ.get("SPARSEC_CACHE"):
-        environment.setdefault("ZIG_GLOBAL_CACHE_DIR", str(cache_folder() / "zig"))
+    try:
+        cache = _zig_cache()
+        cache.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache).close()
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise BuildError(f"the compiler's cache cannot be written ({reason}); set SPARSEC_CACHE to a folder", "ziglang") from error
+    environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(cache.resolve())}
     command = [sys.executable, "-m", "ziglang", *arguments]
     try:
         done = subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True)

@@ -110,13 +110,21 @@ def test_an_empty_cache_makes_the_same_bytes(monkeypatch, tmp_path):
     assert (folder / "libmodel.so").read_bytes() == (c_api.built() / "libmodel.so").read_bytes()
 
 
-def test_a_cache_that_cannot_be_written_is_no_problem(monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.delenv("SPARSEC_CACHE", raising=False)
+def test_a_cache_of_ours_that_cannot_be_written_is_no_problem(monkeypatch, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "runtime").write_text("in the way")
+    monkeypatch.setenv("SPARSEC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("ZIG_GLOBAL_CACHE_DIR", os.environ.get("ZIG_GLOBAL_CACHE_DIR", str(Path.home() / ".cache/zig")))
     build(hand_programs.program(), tmp_path)
     assert (tmp_path / "libmodel.so").exists()
+
+
+def test_a_cache_of_the_compiler_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("SPARSEC_CACHE", str(tmp_path / "file"))
+    monkeypatch.delenv("ZIG_GLOBAL_CACHE_DIR", raising=False)
+    with pytest.raises(BuildError, match="set SPARSEC_CACHE"):
+        build(hand_programs.program(), tmp_path)
 
 
 # Valid C and valid C++.
