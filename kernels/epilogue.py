@@ -7,7 +7,8 @@
 Everything is arithmetic that stays in vector registers: libm calls would be made lane by lane. exp follows Cephes:
 x = n ln2 + r, |r| <= ln2 / 2, exp(x) = 2^n P(r), with 2^n in two halves so that results reach zero and infinity.
 tanh and erf take a polynomial near zero and exp beyond; both sides are computed and one is selected.
-NaN passes through every activation.
+NaN passes through every activation. All of it is written for `emit` code on scalar or vector values: inside a
+`T.vectorized` loop a kept value would be one scalar for all lanes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 from tvm import tirx
+from tvm.tirx.script.builder import ir as T
 
 Kind = Literal[
     "none", "relu", "clip", "leaky_relu", "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "gelu_tanh", "tanh"
@@ -63,8 +65,10 @@ RELU6 = Activation("clip", 0.0, 6.0)
 
 
 def activate(activation: Activation, x: Any) -> Any:
-    """The TIR expression `activation(x)`; `x` is a float32 expression of any number of lanes."""
-    return _FUNCTIONS[activation.kind](x, activation)
+    """The TIR expression `activation(x)` of a float32 expression of any number of lanes; emits statements before it."""
+    if activation.kind == "none":
+        return x
+    return _FUNCTIONS[activation.kind](keep(x), activation)
 
 
 def finish(value: Any, activation: Activation, residual: Residual = "none", other: Any = None) -> Any:
@@ -115,56 +119,72 @@ def reference_finish(
     return reference(activation, value) + (other if residual == "after" else 0)
 
 
+def keep(value: Any) -> Any:
+    """`value` in a local variable, so that a value used more than once is computed once: emits a store, returns a load.
+
+    Not a `Let` or `Bind`: TVM's code generator expands those in its analyses, exponentially where values are used twice.
+    LLVM turns the variable into a register.
+    """
+    if isinstance(value, tirx.FloatImm):
+        return value
+    cell = T.alloc_buffer((1,), str(_dtype(value)), scope="local")
+    T.buffer_store(cell, value, [0])
+    return cell[0]
+
+
 def exp(x: Any) -> Any:
     """exp(x), at most 2 ulp; 0 at -inf, inf at inf, subnormal results rounded twice."""
-
-    def of_clamped(x: Any) -> Any:
-        return _let(tirx.floor(x * _f(1.44269504088896341, x) + _f(0.5, x)), lambda n: scaled(x, n))
-
-    def scaled(x: Any, n: Any) -> Any:
-        r = x - n * _f(0.693359375, x) + n * _f(2.12194440e-4, x)
-        return _let(r, lambda r: _let(n.astype(_like(x, "int32")), lambda i: power(mantissa(r), i)))
-
-    def mantissa(r: Any) -> Any:
-        c = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-        return _horner(c, r) * (r * r) + r + _f(1, r)
-
-    def power(p: Any, i: Any) -> Any:
-        return _let(i >> _i(1, i), lambda half: p * _pow2(half) * _pow2(i - half))
-
-    return _let(_clamp(x, -104.0, 89.0), of_clamped)
+    return _exp(keep(x))
 
 
 def sigmoid(x: Any) -> Any:
     """1 / (1 + exp(-x))."""
-    return _f(1, x) / (_f(1, x) + exp(_f(0, x) - x))
+    return _sigmoid(keep(x))
 
 
 def tanh(x: Any) -> Any:
-    """tanh(x), absolute error below 2e-7. Cephes: x + x^3 P(x^2) below 0.625, else +-(1 - 2 / (exp(2 |x|) + 1))."""
-    coefficients = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
-
-    def of_magnitude(x: Any, t: Any) -> Any:
-        small = _let(x * x, lambda s: _horner(coefficients, s) * s * x + x)
-        large = _f(1, x) - _f(2, x) / (exp(t + t) + _f(1, x))
-        return _select(t < _f(0.625, x), small, _copysign(large, x))
-
-    return _let(x, lambda x: _let(_abs(x), lambda t: of_magnitude(x, t)))
+    """tanh(x), absolute error below 1e-7. Cephes: x + x^3 P(x^2) below 0.625, else +-(1 - 2 / (exp(2 |x|) + 1))."""
+    return _tanh(keep(x))
 
 
 def erf(x: Any) -> Any:
     """erf(x), absolute error below 1e-7. N. Juffa: x + x P(x^2) below 0.9277, else +-(1 - exp(|x| Q(|x|) - |x|))."""
+    return _erf(keep(x))
+
+
+# In the following, x is kept or a constant.
+
+
+def _exp(x: Any) -> Any:
+    x = _clamp(x, -104.0, 89.0)
+    n = keep(tirx.floor(x * _f(1.44269504088896341, x) + _f(0.5, x)))
+    r = keep(x - n * _f(0.693359375, x) + n * _f(2.12194440e-4, x))
+    c = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+    i = keep(n.astype(_like(x, "int32")))
+    half = keep(i >> _i(1, i))
+    return (_horner(c, r) * (r * r) + r + _f(1, r)) * _pow2(half) * _pow2(i - half)
+
+
+def _sigmoid(x: Any) -> Any:
+    return _f(1, x) / (_f(1, x) + _exp(keep(_f(0, x) - x)))
+
+
+def _tanh(x: Any) -> Any:
+    c = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
+    t, s = keep(_abs(x)), keep(x * x)
+    large = _f(1, x) - _f(2, x) / (_exp(keep(t + t)) + _f(1, x))
+    return tirx.Select(t < _f(0.625, x), _horner(c, s) * s * x + x, _copysign(large, x))
+
+
+def _erf(x: Any) -> Any:
     near = (-5.96761703e-4, 4.99119423e-3, -2.67681349e-2, 1.12819925e-1, -3.76125336e-1, 1.28379166e-1)
     far = (
         -1.72853470e-5, 3.83197126e-4, -3.88396438e-3, 2.42546219e-2, -1.06777877e-1, -6.34846687e-1, -1.28717512e-1
     )  # fmt: skip
-
-    def of_magnitude(x: Any, t: Any) -> Any:
-        small = _let(x * x, lambda s: _horner(near, s) * x + x)
-        large = _f(1, x) - exp(_horner(far, t) * t - t)
-        return _select(t < _f(0.927734375, x), small, _copysign(large, x))
-
-    return _let(_clamp(x, -4.0, 4.0), lambda x: _let(_abs(x), lambda t: of_magnitude(x, t)))
+    x = _clamp(x, -4.0, 4.0)
+    t, s = keep(_abs(x)), keep(x * x)
+    large = _f(1, x) - _exp(keep(_horner(far, t) * t - t))
+    return tirx.Select(t < _f(0.927734375, x), _horner(near, s) * x + x, _copysign(large, x))
 
 
 def _horner(coefficients: tuple[float, ...], x: Any) -> Any:
@@ -176,10 +196,8 @@ def _horner(coefficients: tuple[float, ...], x: Any) -> Any:
 
 def _clamp(x: Any, low: float, high: float) -> Any:
     # Not min/max: their lowering keeps the bound where x is NaN.
-    def below(x: Any) -> Any:
-        return _select(x > _f(high, x), _f(high, x), x)
-
-    return _let(x, lambda x: _let(_select(x < _f(low, x), _f(low, x), x), below))
+    raised = keep(tirx.Select(x < _f(low, x), _f(low, x), x))
+    return keep(tirx.Select(raised > _f(high, x), _f(high, x), raised))
 
 
 def _pow2(n: Any) -> Any:
@@ -198,27 +216,30 @@ def _copysign(magnitude: Any, sign: Any) -> Any:
     return tirx.reinterpret(_like(sign, "float32"), _bits(magnitude) | (_bits(sign) & _i(-0x80000000, sign)))
 
 
-def _gelu(x: Any, _: Activation) -> Any:
-    return _let(x, lambda x: _f(0.5, x) * x * (_f(1, x) + erf(x * _f(math.sqrt(0.5), x))))
+def _hardswish(x: Any) -> Any:
+    return x * _clamp(keep(x * _f(1 / 6, x) + _f(0.5, x)), 0.0, 1.0)
 
 
-def _gelu_tanh(x: Any, _: Activation) -> Any:
-    inner = lambda x: _f(math.sqrt(2 / math.pi), x) * (x + _f(0.044715, x) * x * x * x)  # noqa: E731  (used once, in line)
-    return _let(x, lambda x: _f(0.5, x) * x * (_f(1, x) + tanh(inner(x))))
+def _gelu(x: Any) -> Any:
+    return _f(0.5, x) * x * (_f(1, x) + _erf(keep(x * _f(math.sqrt(0.5), x))))
+
+
+def _gelu_tanh(x: Any) -> Any:
+    inner = keep(_f(math.sqrt(2 / math.pi), x) * (x + _f(0.044715, x) * x * x * x))
+    return _f(0.5, x) * x * (_f(1, x) + _tanh(inner))
 
 
 _FUNCTIONS: dict[str, Callable[[Any, Activation], Any]] = {
-    "none": lambda x, _: x,
-    "relu": lambda x, _: _let(x, lambda x: _select(x < _f(0, x), _f(0, x), x)),
+    "relu": lambda x, _: tirx.Select(x < _f(0, x), _f(0, x), x),
     "clip": lambda x, a: _clamp(x, a.alpha, a.beta),
-    "leaky_relu": lambda x, a: _let(x, lambda x: _select(x < _f(0, x), x * _f(a.alpha, x), x)),
-    "hardsigmoid": lambda x, a: _clamp(x * _f(a.alpha, x) + _f(a.beta, x), 0.0, 1.0),
-    "hardswish": lambda x, _: _let(x, lambda x: x * _clamp(x * _f(1 / 6, x) + _f(0.5, x), 0.0, 1.0)),
-    "sigmoid": lambda x, _: sigmoid(x),
-    "silu": lambda x, _: _let(x, lambda x: x / (_f(1, x) + exp(_f(0, x) - x))),
-    "tanh": lambda x, _: tanh(x),
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
+    "leaky_relu": lambda x, a: tirx.Select(x < _f(0, x), x * _f(a.alpha, x), x),
+    "hardsigmoid": lambda x, a: _clamp(keep(x * _f(a.alpha, x) + _f(a.beta, x)), 0.0, 1.0),
+    "hardswish": lambda x, _: _hardswish(x),
+    "sigmoid": lambda x, _: _sigmoid(x),
+    "silu": lambda x, _: x / (_f(1, x) + _exp(keep(_f(0, x) - x))),
+    "tanh": lambda x, _: _tanh(x),
+    "gelu": lambda x, _: _gelu(x),
+    "gelu_tanh": lambda x, _: _gelu_tanh(x),
 }
 
 
@@ -248,15 +269,3 @@ def _i(value: int, x: Any) -> Any:
 def _constant(value: float, x: Any, dtype: str) -> Any:
     scalar, lanes = tirx.const(value, dtype), lanes_of(x)
     return scalar if lanes == 1 else tirx.Broadcast(scalar, lanes)
-
-
-def _select(condition: Any, yes: Any, no: Any) -> Any:
-    return tirx.Select(condition, yes, no)
-
-
-def _let(value: Any, body: Callable[[Any], Any]) -> Any:
-    """`body` of a variable bound to `value`, so that shared parts appear once in the expression tree."""
-    if isinstance(value, tirx.Var | tirx.FloatImm):
-        return body(value)
-    var = tirx.Var("t", str(_dtype(value)))
-    return tirx.Let(var, value, body(var))

@@ -6,9 +6,9 @@ import itertools
 
 import numpy as np
 import pytest
-from layers import Layer, check_layers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layers import Layer, check_layers
 
 from sparsec.kernels import depthwise, planes
 from sparsec.kernels.epilogue import NONE, RELU, RELU6, Activation
