@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from typing import Any
 
-FAMILIES = ("conv", "depthwise", "gemm", "pool")
+FAMILIES = ("conv", "depthwise", "gemm", "pool", "elementwise", "normalize")
 
 
 def tables() -> tuple[Any, ...]:

@@ -82,7 +82,7 @@ def _emit_generic(items: list[tuple[ir.Node, str]], calls: Calls, target: Target
         shape = next((outputs[n] for n in step.outputs if n in outputs), ())
         why = "; ".join(dict.fromkeys(reasons[n] for n in step.nodes if n in reasons))
         ops = "+".join(node.op_type for node in nodes if node.name in step.nodes)
-        us = roofline_us(target.machine, 4.0 * step.flops, float(step.bytes))
+        us = roofline_us(target.machine, float(step.flops), float(step.bytes))
         calls.layers.append(
             Layer(
                 step.nodes[0] if step.nodes else "",

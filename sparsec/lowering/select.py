@@ -10,6 +10,7 @@ import onnx_ir as ir
 from sparsec.lowering.rules.base import Context, Rule, Taken
 from sparsec.lowering.rules.convolution import take_conv
 from sparsec.lowering.rules.elementwise import take_activation, take_binary
+from sparsec.lowering.rules.normalization import take_layernorm, take_softmax
 from sparsec.lowering.rules.pooling import take_global_pool, take_pool
 from sparsec.lowering.rules.product import take_gemm, take_matmul
 from sparsec.lowering.rules.views import take_concat, take_split, take_view
@@ -23,6 +24,8 @@ RULES: tuple[Rule, ...] = (
     take_matmul,
     take_pool,
     take_global_pool,
+    take_softmax,
+    take_layernorm,
     take_binary,
     take_activation,
 )
