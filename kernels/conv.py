@@ -322,9 +322,9 @@ def predict_us(machine: Machine, geometry: Geometry, tiling: Tiling, columns: fl
         parts = tiling.shape_of(pixels)
         compute = columns * tile_cycles(machine, tiling.rows, parts, indexed, int(4 * live * tiling.width))
         # Start, epilogue and store of each register tile; copying the panel.
-        overhead = groups * (10 + 2.0 * tiling.rows * len(parts) / machine.loads)
+        overhead = groups * (machine.group_cycles + 2.0 * tiling.rows * len(parts) / machine.loads)
         copies = len(parts) if geometry.pointwise else len(parts) + -(-pixels // geometry.y_shape[3])
-        cycles += count * (compute + overhead + live * (2 + 2.0 * copies / machine.loads))
+        cycles += count * (compute + overhead + live * (machine.row_cycles + 2.0 * copies / machine.loads))
     prepare = 0.0
     if geometry.needs_prepare:
         prepare = 2.0 * np.prod(geometry.prepared_shape) / machine.lanes
@@ -353,13 +353,20 @@ def tilings(machine: Machine, geometry: Geometry, form: Format) -> list[Tiling]:
     return found
 
 
-def best_tiling(machine: Machine, geometry: Geometry, form: Format, columns: dict[int, float]) -> tuple[Tiling, float]:
-    """The cheapest tiling and its predicted microseconds. `columns`: stored columns for each tile height."""
+def ranked_tilings(
+    machine: Machine, geometry: Geometry, form: Format, columns: dict[int, float]
+) -> list[tuple[float, Tiling]]:
+    """Predicted microseconds of every tiling, cheapest first. `columns`: stored columns for each tile height."""
     priced = [
         (predict_us(machine, geometry, t, columns[t.rows], form.sparse), i, t)
         for i, t in enumerate(tilings(machine, geometry, form))
     ]
-    cost, _, tiling = min(priced, key=lambda item: item[:2])
+    return [(cost, tiling) for cost, _, tiling in sorted(priced, key=lambda item: item[:2])]
+
+
+def best_tiling(machine: Machine, geometry: Geometry, form: Format, columns: dict[int, float]) -> tuple[Tiling, float]:
+    """The cheapest tiling and its predicted microseconds. `columns`: stored columns for each tile height."""
+    cost, tiling = ranked_tilings(machine, geometry, form, columns)[0]
     return tiling, cost
 
 
@@ -416,8 +423,8 @@ def _prepare(geometry: Geometry) -> KernelCall:
         with T.serial(begin, end) as plane:
             for number, (row, column) in enumerate(geometry.phases):
                 # Columns r with 0 <= r * sw + column - left < w; the others are halo.
-                first = max(0, -(-(left - column) // sw))
-                last = min(columns, -(-(w + left - column) // sw))
+                first = min(columns, max(0, -(-(left - column) // sw)))
+                last = max(first, min(columns, -(-(w + left - column) // sw)))
                 top_rows = min(rows, max(0, -(-(top - row) // sh)))
                 end_rows = max(top_rows, min(rows, -(-(h + top - row) // sh)))
                 out = (plane * count + number) * rows * columns
