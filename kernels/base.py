@@ -14,7 +14,8 @@ class Machine:
 
     `lanes`: float32 lanes of a vector register. `registers`: architectural vector registers. `fma`, `loads`, `uops`:
     sustained per cycle, for full vectors. `lane_fma`: FMA takes one lane of a register as multiplier (Arm), so that
-    weights are loaded as vectors instead of broadcast.
+    weights are loaded as vectors instead of broadcast. `group_cycles`: start and end of a register tile. `row_cycles`:
+    start of one row's copy into the panel.
     """
 
     lanes: int
@@ -28,6 +29,8 @@ class Machine:
     l2_bytes_per_cycle: float
     memory_gbps: float
     lane_fma: bool
+    group_cycles: float = 10.0
+    row_cycles: float = 2.0
 
 
 @dataclass(frozen=True)
