@@ -50,7 +50,7 @@ def weights(rng, shape, density):
 
 def prepared(geometry, x):
     """The phase planes of x, by their definition."""
-    n, channels, height, width = geometry.x_shape
+    _, _, height, width = geometry.x_shape
     (sh, sw), (top, left, _, _) = geometry.strides, geometry.pads
     out = np.zeros(geometry.prepared_shape, np.float32)
     _, rows, columns = geometry.phase_shape
