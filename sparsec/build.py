@@ -177,7 +177,7 @@ def _zig_cache() -> Path:
     return cache_folder() / "zig" if os.environ.get("SPARSEC_CACHE") else _user_cache() / "zig"
 
 
-def _zig(arguments: Sequence[str], folder: Path) -> None:
+def run_zig(arguments: Sequence[str], folder: Path) -> None:
     """Run ziglang in `folder`. Raises BuildError with its output."""
     try:
         cache = _zig_cache()
@@ -185,7 +185,8 @@ def _zig(arguments: Sequence[str], folder: Path) -> None:
         tempfile.TemporaryFile(dir=cache).close()
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
         reason = error.strerror if isinstance(error, OSError) else error
-        raise BuildError(f"the compiler's cache cannot be written ({reason}); set SPARSEC_CACHE to a folder", "ziglang") from error
+        problem = f"the compiler's cache cannot be written ({reason}); set SPARSEC_CACHE to a folder"
+        raise BuildError(problem, "ziglang") from error
     environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(cache.resolve())}
     command = [sys.executable, "-m", "ziglang", *arguments]
     try:
@@ -197,16 +198,16 @@ def _zig(arguments: Sequence[str], folder: Path) -> None:
         output = (done.stderr + done.stdout).decode("utf-8", "replace").strip()
         lines = output.splitlines() or ["no output"]
         lines = [line for line in lines if "error" in line.lower()] or lines
-        problem = BuildError(f"ziglang failed (exit {done.returncode}): {lines[0].strip()}", arguments[0])
-        problem.add_note(output)
-        raise problem
+        failure = BuildError(f"ziglang failed (exit {done.returncode}): {lines[0].strip()}", arguments[0])
+        failure.add_note(output)
+        raise failure
 
 
 def _compile(folder: Path, sources: Iterable[str], triple: str) -> None:
     """Compile each source of `folder` to NAME.o beside it."""
     for source in sources:
         flags = C_FLAGS if source.endswith(".c") else ()
-        _zig(["cc", "-target", triple, *flags, "-c", source, "-o", str(Path(source).with_suffix(".o"))], folder)
+        run_zig(["cc", "-target", triple, *flags, "-c", source, "-o", str(Path(source).with_suffix(".o"))], folder)
 
 
 def _kept(triple: str, sources: Sequence[str]) -> Path:
@@ -272,14 +273,14 @@ def _android_libraries(work: Path, target: Target, objects: Sequence[str]) -> li
         (work / f"{library}.c").write_text(text, encoding="utf-8")
         flags = ["-shared", "-nostdlib", "-fno-builtin", "-w", f"-Wl,-soname,{library}.so"]
         (work / "stubs").mkdir(exist_ok=True)
-        _zig(["cc", "-target", target.zig_triple, *flags, "-o", f"stubs/{library}.so", f"{library}.c"], work)
+        run_zig(["cc", "-target", target.zig_triple, *flags, "-o", f"stubs/{library}.so", f"{library}.c"], work)
         paths.append(f"stubs/{library}.so")
     return paths
 
 
 def _link_bench(work: Path, target: Target, objects: Sequence[str], path: Path) -> None:
     command = ["cc", "-target", target.zig_static_triple, "-static", "-s", "-o", "bench", *objects]
-    _zig([*command, "-Wl,--gc-sections", "-Wl,--build-id=none", "-lm"], work)
+    run_zig([*command, "-Wl,--gc-sections", "-Wl,--build-id=none", "-lm"], work)
     path.write_bytes((work / "bench").read_bytes())
     path.chmod(0o755)
 
@@ -293,6 +294,6 @@ def _archive(work: Path, prefix: str, objects: Sequence[str], path: Path) -> Non
     for name, data in contents.items():
         renamed = elf.rename_symbols(data, lambda symbol: f"{prefix}_{symbol}" if symbol in own else symbol)
         (folder / name).write_bytes(renamed)
-    _zig(["ar", "rcsD", "libmodel.a", *sorted(contents)], folder)
+    run_zig(["ar", "rcsD", "libmodel.a", *sorted(contents)], folder)
     path.write_bytes((folder / "libmodel.a").read_bytes())
 

@@ -182,6 +182,19 @@ def test_a_missing_feature_is_named(tmp_path):
     assert "'quantum'" in done.stderr
 
 
+@pytest.mark.skipif(QEMU is None, reason="qemu-aarch64 is not installed (apt-get install qemu-user)")
+@pytest.mark.parametrize(("emulated", "built_for", "missing"), [
+    ("cortex-a53", "armv8.2-a", True), ("cortex-a76", "armv8.2-a", False), ("cortex-a53", "cortex-a53", False),
+])  # fmt: skip
+def test_an_older_cpu_is_noticed_before_it_crashes(emulated, built_for, missing):
+    folder = c_api.build_program(hand_programs.program(find_target("arm", built_for)))
+    done = subprocess.run(
+        [QEMU, "-cpu", emulated, folder / "bench"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == (3 if missing else 0)
+    assert ("'dotprod'" in done.stderr) == missing
+
+
 def test_embedded_weights_need_no_file():
     folder = c_api.build_program(hand_programs.program(), embed_weights=True)
     assert run(folder).returncode == 0
