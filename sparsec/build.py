@@ -256,7 +256,7 @@ def _link_shared(work: Path, target: Target, objects: Sequence[str], path: Path)
         command += ["-nostdlib", *_android_libraries(work, target, objects)]
     else:
         command += ["-lm", "-lpthread"]
-    _zig(command, work)
+    run_zig(command, work)
     path.write_bytes((work / "libmodel.so").read_bytes())
     path.chmod(0o755)
 

@@ -50,6 +50,10 @@ class TargetError(SparsecError):
     """Unknown target, CPU or operating system."""
 
 
+class TuningError(SparsecError):
+    """A file of measured choices is damaged, or of another CPU or version."""
+
+
 class ArtifactError(SparsecError):
     """An artifact is incomplete, damaged or from an incompatible version."""
 

@@ -86,14 +86,44 @@ def host_cpu() -> str:
 
 
 def _host_flags() -> set[str]:
+    for line in _cpuinfo():
+        if line.lower().startswith(("flags", "features")):
+            return set(line.split(":", 1)[1].split())
+    return set()
+
+
+def _cpuinfo() -> list[str]:
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                if line.lower().startswith(("flags", "features")):
-                    return set(line.split(":", 1)[1].split())
+            return lines.readlines()
     except OSError:
-        pass
-    return set()
+        return []
+
+
+def host_model() -> str:
+    """What the system calls this machine's CPU: `AMD EPYC, family 25, model 17`; on Arm implementer and parts."""
+    found: dict[str, set[str]] = {}
+    for line in _cpuinfo():
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), set()).add(value.strip())
+    if "model name" in found and "cpu family" in found:
+        keys = {"model name": "", "cpu family": "family ", "model": "model "}
+    else:
+        keys = {"CPU implementer": "implementer ", "CPU part": "part "}
+    facts = [prefix + " ".join(sorted(found[key])) for key, prefix in keys.items() if found.get(key)]
+    return ", ".join(facts) or platform.processor() or platform.machine()
+
+
+_KERNEL_NAMES = {"sse4.2": "sse4_2", "neon": "asimd", "dotprod": "asimddp", "fp16": "asimdhp"}  # in /proc/cpuinfo
+
+
+def missing_features(target: Target) -> list[str]:
+    """What code for `target` needs and this machine lacks, its architecture first; empty if it runs here."""
+    machine = platform.machine().lower()
+    if target.arch not in (machine, {"amd64": "x86_64", "arm64": "aarch64"}.get(machine)):
+        return [target.arch]
+    flags = _host_flags()
+    return [feature for feature in target.features if _KERNEL_NAMES.get(feature, feature) not in flags]
 
 
 def find_target(name: str, cpu: str | None = None, os: str | None = None) -> Target:
