@@ -14,15 +14,19 @@ from sparsec.lowering.rules.base import Context, Taken, declare, roofline_us
 from sparsec.lowering.select import select
 from sparsec.program import Layer, Program
 from sparsec.targets import Target
+from sparsec.tuning import Choices
 
 
-def lower(model: ir.Model, target: Target, name: str = "model") -> Program:
-    """A loaded (and rewritten) model to a Program for `target`: match and select, generic rest, memory plan."""
+def lower(model: ir.Model, target: Target, name: str = "model", tuning: Choices | None = None) -> Program:
+    """A loaded (and rewritten) model to a Program for `target`: match and select, generic rest, memory plan.
+
+    `tuning`: measured choices, asked before the cost model.
+    """
     calls = Calls()
     graph = model.graph
     for value in graph.inputs:
         declare(calls, value)
-    for item in schedule(graph, target):
+    for item in schedule(graph, target, tuning):
         if isinstance(item, Taken):
             item.emit(calls)
         else:
@@ -32,7 +36,9 @@ def lower(model: ir.Model, target: Target, name: str = "model") -> Program:
     return plan(name, target, calls, [str(v.name) for v in graph.inputs], [str(v.name) for v in graph.outputs])
 
 
-def schedule(graph: ir.Graph, target: Target) -> list[Taken | list[tuple[ir.Node, str]]]:
+def schedule(
+    graph: ir.Graph, target: Target, tuning: Choices | None = None
+) -> list[Taken | list[tuple[ir.Node, str]]]:
     """What runs, in order: groups with a kernel, and runs of nodes (each with the reason) for the generic route."""
     position = {node: i for i, node in enumerate(graph)}
     claimed: set[ir.Node] = set()
@@ -40,7 +46,7 @@ def schedule(graph: ir.Graph, target: Target) -> list[Taken | list[tuple[ir.Node
     for node in graph:
         if node in claimed:
             continue
-        taken = select(node, Context(target.machine, claimed))
+        taken = select(node, Context(target.machine, claimed, tuning))
         if isinstance(taken, Taken):
             claimed.update(taken.group.nodes)
             items.append((max(position[n] for n in taken.group.nodes), taken))

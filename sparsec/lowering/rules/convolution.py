@@ -11,11 +11,22 @@ from sparsec.kernels import conv, depthwise
 from sparsec.kernels.base import Machine
 from sparsec.lowering.calls import Calls
 from sparsec.lowering.match import Group, attribute, constant, dims, fuse
-from sparsec.lowering.rules.base import Context, Emitter, Taken, declare, dtype_of, emit_simple, node_names, roofline_us
-from sparsec.lowering.structure import detect_structure
+from sparsec.lowering.rules.base import (
+    SPARSE_FROM,
+    Context,
+    Emitter,
+    Taken,
+    declare,
+    dtype_of,
+    emit_simple,
+    node_names,
+    roofline_us,
+    why,
+)
+from sparsec.lowering.rules.product import bind_product
+from sparsec.lowering.structure import Structure, detect_structure
 from sparsec.program import Candidate, Layer
-
-SPARSE_FROM = 0.05  # share of zeros from which sparse kernels are priced at all
+from sparsec.tuning import Choices, Entry
 
 
 def window_pads(
@@ -72,28 +83,76 @@ def _read_conv(node: ir.Node) -> _ConvNode | str:
     return _ConvNode(shape, w, bias, strides, pads, dilations, int(attribute(node, "group", 1)))  # type: ignore[arg-type]
 
 
-def choose_conv(
-    machine: Machine, geometry: conv.Geometry, w: np.ndarray
-) -> tuple[conv.Format, conv.Tiling, tuple[Candidate, ...], str, str]:
-    """The cheapest format and tiling: (format, tiling, all candidates, reason, structure found)."""
+@dataclass(frozen=True)
+class ConvPrices:
+    """What every way to run a convolution is predicted to cost. `w`: of one group, if there are several."""
+
+    geometry: conv.Geometry
+    w: np.ndarray
+    structure: Structure
+    ranked: dict[conv.Format, list[tuple[float, conv.Tiling]]]  # microseconds, cheapest first
+    stored: dict[str, int]  # percent of the columns that each sparse format stores
+
+    def option(self, kernel: str, rows: int, vectors: int, lanes: int) -> tuple[conv.Format, conv.Tiling, float] | None:
+        """The format, tiling and price so described, if it is among them."""
+        for form, ranked in self.ranked.items():
+            for us, tiling in ranked:
+                if (form.name, tiling.rows, tiling.vectors, tiling.lanes) == (kernel, rows, vectors, lanes):
+                    return form, tiling, us
+        return None
+
+
+def price_conv(machine: Machine, geometry: conv.Geometry, w: np.ndarray) -> ConvPrices:
+    """Price every format and tiling; sparse ones only if there are zeros to speak of."""
     structure = detect_structure(w)
-    priced: list[tuple[float, conv.Format, conv.Tiling]] = []
+    part = w[: geometry.w_shape[0]]
+    ranked, stored = {}, {}
     for form in conv.TABLE:
         if form.sparse and structure.zeros < SPARSE_FROM:
             continue
-        tiling, cost = conv.best_tiling(machine, geometry, form, conv.stored_columns(w, form, machine, geometry))
-        priced.append((cost, form, tiling))
-    candidates = tuple(Candidate(form.name, round(cost, 3)) for cost, form, _ in sorted(priced, key=lambda p: p[0]))
-    cost, form, tiling = min(priced, key=lambda p: p[0])
-    dense = next(c for c, f, _ in priced if not f.sparse)
-    if len(priced) == 1:
-        reason = f"{100 * structure.zeros:.1f}% zeros: below {100 * SPARSE_FROM:.0f}%, dense"
+        columns = conv.stored_columns(part, form, machine, geometry)
+        ranked[form] = conv.ranked_tilings(machine, geometry, form, columns)
+        if form.sparse:
+            groups = -(-part.shape[0] // form.rows)
+            stored[form.name] = round(100 * columns[form.rows] / (groups * geometry.taps))
+    return ConvPrices(geometry, part, structure, ranked, stored)
+
+
+def choose_conv(
+    prices: ConvPrices, measured: Entry | None = None
+) -> tuple[conv.Format, conv.Tiling, tuple[Candidate, ...], str]:
+    """The format and tiling measured fastest, else the cheapest predicted: (format, tiling, all candidates, reason)."""
+    best = {form: ranked[0] for form, ranked in prices.ranked.items()}
+    form = min(best, key=lambda f: best[f][0])
+    if measured is not None:
+        choice = measured.choice
+        found = prices.option(choice.kernel, choice.rows, choice.vectors, choice.lanes)
+        assert found is not None, choice
+        form = found[0]
+        best[form] = (found[2], found[1])
+    candidates = tuple(Candidate(f.name, round(us, 3)) for f, (us, _) in sorted(best.items(), key=lambda b: b[1][0]))
+    cost, tiling = best[form]
+    dense = best[conv.DENSE][0]
+    if measured is not None:
+        reason = _measured_reason(measured)
+    elif len(best) == 1:
+        reason = f"{100 * prices.structure.zeros:.1f}% zeros: below {100 * SPARSE_FROM:.0f}%, dense"
     elif form.sparse:
         reason = f"predicted {cost:.1f} us, dense {dense:.1f} us"
     else:
-        runner_up = min((c, f.name) for c, f, _ in priced if f.sparse)
+        runner_up = min((us, f.name) for f, (us, _) in best.items() if f.sparse)
         reason = f"below break-even: dense {dense:.1f} us, best sparse {runner_up[1]} {runner_up[0]:.1f} us"
-    return form, tiling, candidates, reason, str(structure)
+    return form, tiling, candidates, reason
+
+
+def _measured_reason(entry: Entry) -> str:
+    choice = entry.choice
+    reason = f"measured {choice.measured_us:.1f} us"
+    if choice.kernel != conv.DENSE.name:
+        dense = entry.best(conv.DENSE.name)
+        return reason if dense is None else f"{reason}, dense measured {dense.measured_us:.1f} us"
+    sparse = entry.best(other_than=conv.DENSE.name)
+    return reason if sparse is None else f"{reason}, best sparse {sparse.kernel} measured {sparse.measured_us:.1f} us"
 
 
 def take_conv(node: ir.Node, context: Context) -> Taken | str | None:
@@ -124,10 +183,12 @@ def take_conv(node: ir.Node, context: Context) -> Taken | str | None:
         return Taken(group, emit_simple(group, call, inputs, "depthwise", us))
     if read.groups > 1 and (read.x_shape[0] != 1 or read.groups > 32):
         return f"{read.groups} groups"
-    return Taken(group, _emit_conv(group, read, machine))
+    if read.groups == 1 and read.x_shape[2:] == read.w.shape[2:] and not any(read.pads):  # one pixel out: a product
+        return bind_product(group, machine, x, read.x_shape[0], read.w.reshape(read.w.shape[0], -1), read.bias)
+    return Taken(group, _emit_conv(group, read, machine, context.tuning))
 
 
-def _emit_conv(group: Group, read: _ConvNode, machine: Machine) -> Emitter:
+def _emit_conv(group: Group, read: _ConvNode, machine: Machine, tuning: Choices | None) -> Emitter:
     g = read.groups
     n, c, h, w = read.x_shape
     part_shape = (read.w.shape[0] // g, *read.w.shape[1:])
@@ -137,7 +198,7 @@ def _emit_conv(group: Group, read: _ConvNode, machine: Machine) -> Emitter:
         x = declare(calls, group.main.inputs[0])  # type: ignore[arg-type]
         y = declare(calls, group.output)
         other = declare(calls, group.other) if group.other is not None else ""
-        form, tiling, candidates, reason, structure = choose_conv(machine, geometry, read.w)
+        form, tiling, candidates, reason, structure = choose_conv(machine, geometry, read.w[: part_shape[0]])
         stored, us, names = 0, 0.0, node_names(group)
         for i in range(g):
             rows = slice(i * part_shape[0], (i + 1) * part_shape[0])
@@ -172,7 +233,7 @@ def _emit_conv(group: Group, read: _ConvNode, machine: Machine) -> Emitter:
                 main.name,
                 reason,
                 zeros=float(np.mean(read.w == 0)),
-                structure=structure,
+                structure=str(prices.structure),
                 candidates=tuple(replace(k, predicted_us=k.predicted_us * g) for k in candidates),
                 bytes=stored,
                 predicted_us=us,

@@ -7,14 +7,17 @@ Gemm go into weight and bias. Leading axes of x fold into M.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from sparsec.kernels import gemm
+from sparsec.kernels import fc, gemm
+from sparsec.kernels.base import Machine
 from sparsec.lowering.match import VIEWS, Group, attribute, constant, dims, fuse, only_consumer, scalar
-from sparsec.lowering.rules.base import Context, Taken, dtype_of, emit_simple
+from sparsec.lowering.rules.base import SPARSE_FROM, Context, Taken, dtype_of, emit_simple, why
 from sparsec.lowering.structure import detect_structure
+from sparsec.program import Candidate
 
 
 def take_gemm(node: ir.Node, context: Context) -> Taken | str | None:
@@ -46,18 +49,29 @@ def take_gemm(node: ir.Node, context: Context) -> Taken | str | None:
         added = constant(group.bias)
         assert added is not None
         bias = added.reshape(-1)
-    return _bind(group, context, np.ascontiguousarray(w, np.float32), bias)
-
-
-def _bind(group: Group, context: Context, w: np.ndarray, bias: np.ndarray | None) -> Taken:
-    machine, x = context.machine, group.main.inputs[0]
-    assert x is not None
     m = int(np.prod(dims(x)[:-1], dtype=np.int64))
-    call = gemm.bind(machine, m=m, w=w, bias=bias, activation=group.activation, residual=group.residual)
-    us = gemm.predict_us(machine, m, w.shape[1], w.shape[0])
-    inputs = {"x": x} | ({"residual": group.other} if group.other is not None else {})
+    return bind_product(group, context.machine, x, m, np.ascontiguousarray(w, np.float32), bias)
+
+
+def bind_product(group: Group, machine: Machine, x: ir.Value, m: int, w: np.ndarray, bias: np.ndarray | None) -> Taken:
+    """x as [m, K] times the constant w [N, K] transposed, dense or in the cheapest stored form."""
     structure = detect_structure(w[:, :, None, None])
-    return Taken(group, emit_simple(group, call, inputs, "dense", us, weight=w, structure=str(structure)))
+    cost = gemm.predict_us(machine, m, w.shape[1], w.shape[0])
+    priced: list[tuple[float, str, fc.Format | None]] = [(cost, gemm.TABLE[0].name, None)]
+    if structure.zeros >= SPARSE_FROM and fc.refusal(w.shape) is None:  # type: ignore[arg-type]
+        priced += [(fc.predict_us(machine, m, fc.pack(w, form)), form.name, form) for form in fc.TABLE]
+    us, _, form = min(priced, key=lambda item: item[0])
+    options: Any = {"bias": bias, "activation": group.activation, "residual": group.residual}
+    if form is None:
+        call = gemm.bind(machine, m=m, w=w, **options)
+    else:
+        call = fc.bind(machine, m=m, w=w, form=form, **options)
+    inputs = {"x": x} | ({"residual": group.other} if group.other is not None else {})
+    candidates = tuple(Candidate(name, round(price, 3)) for price, name, _ in sorted(priced, key=lambda p: p[0]))
+    reason = why(structure.zeros, cost, [(price, name) for price, name, f in priced if f is not None])
+    return Taken(
+        group, emit_simple(group, call, inputs, reason, us, weight=w, structure=str(structure), candidates=candidates)
+    )
 
 
 def take_matmul(node: ir.Node, context: Context) -> Taken | str | None:
