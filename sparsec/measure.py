@@ -91,7 +91,10 @@ class Trial:
         self._rooms: list[Room] = []
         self._runs: list[tuple[Any, list[Any]]] = []
         for call, bound in calls:
-            pointers = [self._place(call, role, param, bound).pointer for role, param in zip(call.roles, call.func.params, strict=False)]
+            pointers = [
+                self._place(call, role, param, bound).pointer
+                for role, param in zip(call.roles, call.func.params, strict=False)
+            ]
             arguments = [*pointers, *[None] * (MAX_ARGS - len(pointers)), 0]
             self._runs.append((library.function(call.name), [*arguments, call.tiles]))
         idle = [(function, [*arguments[:-1], 0]) for function, arguments in self._runs]

@@ -36,9 +36,7 @@ def lower(model: ir.Model, target: Target, name: str = "model", tuning: Choices 
     return plan(name, target, calls, [str(v.name) for v in graph.inputs], [str(v.name) for v in graph.outputs])
 
 
-def schedule(
-    graph: ir.Graph, target: Target, tuning: Choices | None = None
-) -> list[Taken | list[tuple[ir.Node, str]]]:
+def schedule(graph: ir.Graph, target: Target, tuning: Choices | None = None) -> list[Taken | list[tuple[ir.Node, str]]]:
     """What runs, in order: groups with a kernel, and runs of nodes (each with the reason) for the generic route."""
     position = {node: i for i, node in enumerate(graph)}
     claimed: set[ir.Node] = set()

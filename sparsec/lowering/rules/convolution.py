@@ -131,18 +131,12 @@ def choose_conv(
         form = found[0]
         best[form] = (found[2], found[1])
     candidates = tuple(Candidate(f.name, round(us, 3)) for f, (us, _) in sorted(best.items(), key=lambda b: b[1][0]))
-    cost, tiling = best[form]
-    dense = best[conv.DENSE][0]
     if measured is not None:
         reason = _measured_reason(measured)
-    elif len(best) == 1:
-        reason = f"{100 * prices.structure.zeros:.1f}% zeros: below {100 * SPARSE_FROM:.0f}%, dense"
-    elif form.sparse:
-        reason = f"predicted {cost:.1f} us, dense {dense:.1f} us"
     else:
-        runner_up = min((us, f.name) for f, (us, _) in best.items() if f.sparse)
-        reason = f"below break-even: dense {dense:.1f} us, best sparse {runner_up[1]} {runner_up[0]:.1f} us"
-    return form, tiling, candidates, reason
+        sparse = [(us, f.name) for f, (us, _) in best.items() if f.sparse]
+        reason = why(prices.structure.zeros, best[conv.DENSE][0], sparse)
+    return form, best[form][1], candidates, reason
 
 
 def _measured_reason(entry: Entry) -> str:
@@ -198,7 +192,9 @@ def _emit_conv(group: Group, read: _ConvNode, machine: Machine, tuning: Choices 
         x = declare(calls, group.main.inputs[0])  # type: ignore[arg-type]
         y = declare(calls, group.output)
         other = declare(calls, group.other) if group.other is not None else ""
-        form, tiling, candidates, reason, structure = choose_conv(machine, geometry, read.w[: part_shape[0]])
+        prices = price_conv(machine, geometry, read.w)
+        measured = tuning.conv(group.name, prices) if tuning is not None else None
+        form, tiling, candidates, reason = choose_conv(prices, measured)
         stored, us, names = 0, 0.0, node_names(group)
         for i in range(g):
             rows = slice(i * part_shape[0], (i + 1) * part_shape[0])
