@@ -67,7 +67,7 @@ def scalar(value: ir.Value | None) -> float | None:
     return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
 
 
-def attribute(node: ir.Node, name: str, default: object) -> object:
+def attribute(node: ir.Node, name: str, default: Any) -> Any:
     """An attribute's Python value, or the default."""
     found = node.attributes.get(name)
     return default if found is None else found.value
@@ -75,7 +75,7 @@ def attribute(node: ir.Node, name: str, default: object) -> object:
 
 def only_consumer(value: ir.Value) -> ir.Node | None:
     """The node that alone reads `value`, once; None if there are several, or the graph itself reads it."""
-    uses = value.uses()
+    uses = tuple(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
@@ -95,15 +95,15 @@ def unary_activation(node: ir.Node) -> Activation | None:
             high = math.inf if bounds[1] is None else bounds[1]
             return Activation("clip", low, high) if low <= high else None
         case "LeakyRelu":
-            return Activation("leaky_relu", float(attribute(node, "alpha", 0.01)))  # type: ignore[arg-type]
+            return Activation("leaky_relu", float(attribute(node, "alpha", 0.01)))
         case "HardSigmoid":
             alpha, beta = attribute(node, "alpha", 0.2), attribute(node, "beta", 0.5)
-            return Activation("hardsigmoid", float(alpha), float(beta))  # type: ignore[arg-type]
+            return Activation("hardsigmoid", float(alpha), float(beta))
         case "Gelu":
             kind = "gelu" if attribute(node, "approximate", "none") in ("none", b"none") else "gelu_tanh"
-            return Activation(kind)  # type: ignore[arg-type]
+            return Activation(kind)
         case _:
-            return Activation(node.op_type.lower())  # type: ignore[arg-type]
+            return Activation(node.op_type.lower())
 
 
 def _factors(value: ir.Value, stop: ir.Value) -> tuple[list[ir.Value], float]:
@@ -233,9 +233,11 @@ def find_activation(x: ir.Value) -> tuple[Activation, list[ir.Node], ir.Value] |
                 if activation and nodes:
                     return activation, nodes, node.outputs[0]
         return None
-    node = only_consumer(x)
-    activation = unary_activation(node) if node is not None and node.inputs[0] is x else None
-    return (activation, [node], node.outputs[0]) if activation and node is not None else None
+    follower = only_consumer(x)
+    if follower is None or follower.inputs[0] is not x:
+        return None
+    activation = unary_activation(follower)
+    return (activation, [follower], follower.outputs[0]) if activation else None
 
 
 def _residual(x: ir.Value) -> tuple[ir.Node, ir.Value] | None:
@@ -304,7 +306,7 @@ def fuse(
         other, value = added[1], added[0].outputs[0]
         if activation and applied == NONE and (found := find(find_activation)):
             applied, _, value = found
-    return Group(main, in_graph_order(nodes), value, found_bias, applied, kind, other)  # type: ignore[arg-type]
+    return Group(main, in_graph_order(nodes), value, found_bias, applied, kind, other)
 
 
 def in_graph_order(nodes: Iterable[ir.Node]) -> tuple[ir.Node, ...]:

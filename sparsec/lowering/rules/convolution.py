@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -44,7 +45,7 @@ def window_pads(
         return (*begins, *ends)
     if mode == "VALID":
         return (0,) * (2 * len(size))
-    return tuple(attribute(node, "pads", (0,) * (2 * len(size))))  # type: ignore[arg-type]
+    return tuple(attribute(node, "pads", (0,) * (2 * len(size))))
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,16 @@ def _read_conv(node: ir.Node) -> _ConvNode | str:
     rank = w.ndim - 2
     if rank not in (1, 2):
         return f"it is a {rank}-D convolution"
-    strides = tuple(attribute(node, "strides", (1,) * rank))  # type: ignore[arg-type]
-    dilations = tuple(attribute(node, "dilations", (1,) * rank))  # type: ignore[arg-type]
-    shape = dims(x)
-    pads = window_pads(node, shape[2:], w.shape[2:], strides, dilations)
+    strides: Any = tuple(attribute(node, "strides", (1,) * rank))
+    dilations: Any = tuple(attribute(node, "dilations", (1,) * rank))
+    shape: Any = dims(x)
+    pads: Any = window_pads(node, shape[2:], w.shape[2:], strides, dilations)
     if rank == 1:
         shape, w = (*shape[:2], 1, shape[2]), w[:, :, None, :]
         strides, dilations, pads = (1, *strides), (1, *dilations), (0, pads[0], 0, pads[1])
     if min(pads) < 0:
         return "its pads are negative"
-    return _ConvNode(shape, w, bias, strides, pads, dilations, int(attribute(node, "group", 1)))  # type: ignore[arg-type]
+    return _ConvNode(shape, w, bias, strides, pads, dilations, int(attribute(node, "group", 1)))
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def _emit_conv(group: Group, read: _ConvNode, machine: Machine, tuning: Choices 
     g = read.groups
     n, c, h, w = read.x_shape
     part_shape = (read.w.shape[0] // g, *read.w.shape[1:])
-    geometry = conv.Geometry((n, c // g, h, w), part_shape, read.strides, read.pads, read.dilations)  # type: ignore[arg-type]
+    geometry = conv.Geometry((n, c // g, h, w), part_shape, read.strides, read.pads, read.dilations)
 
     def emit(calls: Calls) -> None:
         x = declare(calls, group.main.inputs[0])  # type: ignore[arg-type]

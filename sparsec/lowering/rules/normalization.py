@@ -19,7 +19,7 @@ def take_softmax(node: ir.Node, context: Context) -> Taken | str | None:
     if dtype_of(x) != "float32":
         return f"its data is {dtype_of(x)}, not float32"
     shape = dims(x)
-    axis = int(attribute(node, "axis", -1)) % len(shape)  # type: ignore[call-overload]
+    axis = int(attribute(node, "axis", -1)) % len(shape)
     if any(extent != 1 for extent in shape[axis + 1 :]):
         return "a Softmax over an inner axis"
     count = shape[axis]
@@ -39,7 +39,7 @@ def take_layernorm(node: ir.Node, context: Context) -> Taken | str | None:
     if dtype_of(x) != "float32":
         return f"its data is {dtype_of(x)}, not float32"
     shape = dims(x)
-    axis = int(attribute(node, "axis", -1)) % len(shape)  # type: ignore[call-overload]
+    axis = int(attribute(node, "axis", -1)) % len(shape)
     if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
         return "its mean or deviation is used"
     count = int(np.prod(shape[axis:], dtype=np.int64))
@@ -54,7 +54,7 @@ def take_layernorm(node: ir.Node, context: Context) -> Taken | str | None:
     group = Group(node, (node,), node.outputs[0])
     call = normalize.bind_layernorm(
         context.machine, rows=rows, gamma=gamma.reshape(-1), beta=None if beta is None else beta.reshape(-1),
-        epsilon=float(attribute(node, "epsilon", 1e-5)),  # type: ignore[arg-type]
+        epsilon=float(attribute(node, "epsilon", 1e-5)),
     )  # fmt: skip
     us = roofline_us(context.machine, 8.0 * rows * count, 16.0 * rows * count)
     return Taken(group, emit_simple(group, call, {"x": x}, "layer normalization", us))

@@ -24,10 +24,10 @@ def take_pool(node: ir.Node, context: Context) -> Taken | str | None:
     if dtype_of(x) != "float32":
         return f"its data is {dtype_of(x)}, not float32"
     shape = dims(x)
-    kernel = tuple(attribute(node, "kernel_shape", ()))  # type: ignore[call-overload]
+    kernel = tuple(attribute(node, "kernel_shape", ()))
     rank = len(kernel)
-    strides = tuple(attribute(node, "strides", (1,) * rank))  # type: ignore[arg-type]
-    dilations = tuple(attribute(node, "dilations", (1,) * rank))  # type: ignore[arg-type]
+    strides = tuple(attribute(node, "strides", (1,) * rank))
+    dilations = tuple(attribute(node, "dilations", (1,) * rank))
     pads = window_pads(node, shape[2:], kernel, strides, dilations)
     if rank == 1:
         shape, kernel = (*shape[:2], 1, shape[2]), (1, *kernel)
@@ -68,7 +68,7 @@ def take_global_pool(node: ir.Node, context: Context) -> Taken | str | None:
             if attribute(node, "noop_with_empty_axes", 0):
                 return "it reduces nothing"
             axes = range(len(shape))
-        reduced = sorted(int(axis) % len(shape) for axis in axes)  # type: ignore[union-attr]
+        reduced = sorted(int(axis) % len(shape) for axis in axes)
         wide = [axis for axis in reduced if shape[axis] != 1]
         first = wide[0] if wide else len(shape)
         kept = [axis for axis in range(first, len(shape)) if axis not in reduced and shape[axis] != 1]

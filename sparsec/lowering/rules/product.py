@@ -34,7 +34,7 @@ def take_gemm(node: ir.Node, context: Context) -> Taken | str | None:
     if node.op_type == "Gemm":
         if attribute(node, "transA", 0):
             return "its left side is transposed"
-        alpha, beta = float(attribute(node, "alpha", 1.0)), float(attribute(node, "beta", 1.0))  # type: ignore[arg-type]
+        alpha, beta = float(attribute(node, "alpha", 1.0)), float(attribute(node, "beta", 1.0))
         w = w if attribute(node, "transB", 0) else w.T
         w = w if alpha == 1.0 else (w * np.float32(alpha)).astype(np.float32)
         if len(node.inputs) > 2 and node.inputs[2] is not None:
@@ -58,7 +58,7 @@ def bind_product(group: Group, machine: Machine, x: ir.Value, m: int, w: np.ndar
     structure = detect_structure(w[:, :, None, None])
     cost = gemm.predict_us(machine, m, w.shape[1], w.shape[0])
     priced: list[tuple[float, str, fc.Format | None]] = [(cost, gemm.TABLE[0].name, None)]
-    if structure.zeros >= SPARSE_FROM and fc.refusal(w.shape) is None:  # type: ignore[arg-type]
+    if structure.zeros >= SPARSE_FROM and fc.refusal(w.shape) is None:
         priced += [(fc.predict_us(machine, m, fc.pack(w, form)), form.name, form) for form in fc.TABLE]
     us, _, form = min(priced, key=lambda item: item[0])
     options: Any = {"bias": bias, "activation": group.activation, "residual": group.residual}
@@ -136,5 +136,5 @@ def _transposed(b: ir.Value, context: Context) -> ir.Node | None:
     if node is None or node.op_type != "Transpose" or only_consumer(node.outputs[0]) is None or node in context.taken:
         return None
     rank = len(dims(node.outputs[0]))
-    order = list(attribute(node, "perm", range(rank)[::-1]))  # type: ignore[call-overload]
+    order = list(attribute(node, "perm", range(rank)[::-1]))
     return node if order == [*range(rank - 2), rank - 1, rank - 2] else None

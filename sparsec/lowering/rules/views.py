@@ -61,7 +61,7 @@ def take_split(node: ir.Node, context: Context) -> Taken | str | None:
     tail = int(np.prod(shape[outer + 1 :], dtype=np.int64)) * np.dtype(dtype_of(x)).itemsize
     offsets: list[int] = []
     if node.op_type == "Split":
-        axis = int(attribute(node, "axis", 0)) % len(shape)  # type: ignore[call-overload]
+        axis = int(attribute(node, "axis", 0)) % len(shape)
         if axis > outer:
             return "parts of a Split are contiguous only along the outermost axis"
         start = 0
@@ -111,7 +111,7 @@ def take_concat(node: ir.Node, context: Context) -> Taken | str | None:
     if node.op_type != "Concat":
         return None
     out = node.outputs[0]
-    axis = int(attribute(node, "axis", 0)) % len(dims(out))  # type: ignore[call-overload]
+    axis = int(attribute(node, "axis", 0)) % len(dims(out))
     if any(extent != 1 for extent in dims(out)[:axis]):
         return "a Concat along an inner axis is not contiguous"
     if any(v is None or v.const_value is not None for v in node.inputs):
