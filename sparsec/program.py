@@ -7,7 +7,9 @@ Kernel ABI (plain C, the same for every kernel):
 
     void kernel(void *a0, ..., void *a7, int32_t begin, int32_t end);
 
-computes the independent tiles `begin <= t < end`; unused pointers are null. Every base is 64-byte aligned.
+computes the independent tiles `begin <= t < end`; unused pointers are null. Buffers, constants and scratch are 64-byte
+aligned, but a pointer may be any element of a buffer (a part of a Concat or Split), so a kernel assumes the alignment of
+an element. It may read SLACK bytes behind what it is given and writes only its outputs: behind them may lie another value.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import numpy as np
 
 MAX_ARGS = 8
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
-SLACK = 256  # readable (and writable) bytes behind every buffer and constant: vector loads may run past a tail
+SLACK = 256  # readable bytes behind every buffer and constant: vector loads may run past a tail
 
 Space = Literal["arena", "weights", "scratch"]
 

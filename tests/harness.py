@@ -1,8 +1,9 @@
 """Runs kernels alone: compile with `sparsec.codegen`, link with the C compiler, call through ctypes.
 
-Shared by the tests of kernels and of the generic route. Every buffer gets the alignment and the slack that the runtime
-promises (`sparsec.program`), filled with NaN bytes, and a guard behind the slack that a kernel must leave alone. Tiles
-run in uneven ranges, last range first, so that a kernel whose tiles depend on each other fails.
+Shared by the tests of kernels and of the generic route. Every buffer gets only what the runtime promises
+(`sparsec.program`): it starts one element behind a 64-byte boundary, as a part of a Concat may, and has readable slack
+behind it, filled with NaN bytes, of which a kernel must write none. Tiles run in uneven ranges, last range first, so that
+a kernel whose tiles depend on each other fails.
 """
 
 from __future__ import annotations
@@ -23,17 +24,16 @@ from sparsec.codegen import compile_kernels
 from sparsec.program import ALIGNMENT, MAX_ARGS, SLACK, Kernel
 from sparsec.targets import Target, find_target
 
-GUARD = 64  # bytes behind the slack that nothing may write
 _FILL = 0xFF  # NaN as float32, -1 as integer
 
 
 class Room:
-    """One buffer as the runtime would place it: 64-byte aligned, SLACK bytes and a guard behind it."""
+    """One buffer as the runtime may place it: aligned to its elements only, SLACK bytes behind it."""
 
     def __init__(self, array: np.ndarray) -> None:
         array = np.asarray(array)
-        self.memory = np.full(array.nbytes + SLACK + GUARD + ALIGNMENT, _FILL, np.uint8)
-        self.start = -self.memory.ctypes.data % ALIGNMENT
+        self.memory = np.full(array.nbytes + SLACK + 2 * ALIGNMENT, _FILL, np.uint8)
+        self.start = -self.memory.ctypes.data % ALIGNMENT + array.itemsize
         self.size = array.nbytes
         self.array = self.memory[self.start : self.start + self.size].view(array.dtype).reshape(array.shape)
         self.array[...] = array
@@ -44,9 +44,9 @@ class Room:
         return ctypes.c_void_p(self.memory.ctypes.data + self.start)
 
     def check(self, what: str) -> None:
-        """Raise AssertionError if something was written outside the buffer and its slack."""
+        """Raise AssertionError if something was written outside the buffer: there may be another one."""
         assert (self.memory[: self.start] == _FILL).all(), f"{what}: written in front of the buffer"
-        assert (self.memory[self.start + self.size + SLACK :] == _FILL).all(), f"{what}: written behind the slack"
+        assert (self.memory[self.start + self.size :] == _FILL).all(), f"{what}: written behind the buffer"
 
 
 def ranges(tiles: int, splits: int) -> list[tuple[int, int]]:
