@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sparsec.data import Images
     from sparsec.errors import SparsecError
     from sparsec.passes_api import Pass, PassResult
+    from sparsec.tuner import tune
 
 # Loaded on first use: `sparsec --help` should not wait for TVM.
 _HOMES = {
@@ -34,8 +35,9 @@ _HOMES = {
     "compile": "compiler",
     "load": "artifact",
     "rewrite": "compiler",
+    "tune": "tuner",
 }
-__all__ = ["Artifact", "Images", "Pass", "PassResult", "SparsecError", "compile", "load", "rewrite"]
+__all__ = ["Artifact", "Images", "Pass", "PassResult", "SparsecError", "compile", "load", "rewrite", "tune"]
 
 
 def __getattr__(name: str) -> Any:

@@ -103,12 +103,13 @@ RUNTIME = click.option("--runtime", metavar="NAME", help="native, emulated, adb[
     "--threads", default=1, show_default=True, metavar="N", help="The artifact's default; run time may differ."
 )
 @click.option("--embed-weights", is_flag=True, help="Put the weights into the code instead of weights.bin.")
+@click.option("--tuning", metavar="FILE", help="Measured choices, of `sparsec tune`, before predicted ones.")
 @REPORTING
 def compile_verb(
     model: str, target: str | None, cpu: str | None, system: str | None, output: str, overwrite: bool,
     recipe: str | None, passes: tuple[str, ...], plugins: tuple[str, ...], calibration: str | None,
     preprocess: str | None, dump: str | None, shapes: tuple[str, ...], binds: tuple[str, ...], threads: int,
-    embed_weights: bool, as_json: bool, verbose: bool,
+    embed_weights: bool, tuning: str | None, as_json: bool, verbose: bool,
 ) -> None:  # fmt: skip
     """An ONNX model into an artifact for one target."""
     shape, bind = parse_shapes(shapes), parse_binds(binds)
@@ -120,7 +121,7 @@ def compile_verb(
         artifact = compile(
             model, target, passes=passes, recipe=recipe, calibration=calibration, shapes=shape, bind=bind, cpu=cpu,
             os=system, threads=threads, output=output, overwrite=overwrite, plugins=plugins, dump=dump,
-            embed_weights=embed_weights, preprocess=preprocess, progress=say,
+            embed_weights=embed_weights, preprocess=preprocess, tuning=tuning, progress=say,
         )  # fmt: skip
     seconds = time.perf_counter() - start
     manifest = artifact.manifest
@@ -330,6 +331,46 @@ def bench_verb(
         print_timing(timing, stdout())
 
 
+@cli.command("tune")
+@click.argument("path", metavar="ARTIFACT|MODEL.onnx")
+@click.option("--target", metavar="NAME", help="Only host: kernels are measured where this runs.  [default: host]")
+@click.option("--cpu", metavar="NAME", help="The CPU to compile for; see `sparsec targets`.")
+@click.option("--cache", metavar="FILE", help="Where choices are kept.  [default: a file for this CPU]")
+@click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Stop then.")
+@click.option("--again", is_flag=True, help="Measure layers too that the file has already.")
+@SHAPES
+@REPORTING
+def tune_verb(
+    path: str, target: str | None, cpu: str | None, cache: str | None, time_limit: float | None, again: bool,
+    shapes: tuple[str, ...], binds: tuple[str, ...], as_json: bool, verbose: bool,
+) -> None:  # fmt: skip
+    """Measure candidate kernels on this machine, one thread; `compile --tuning FILE` then uses the fastest."""
+    from sparsec.targets import find_target
+
+    if find_target(target or "host", cpu).name != "host":
+        raise UsageError(f"{target!r} cannot be measured here; only host can", "--target")
+    shape, bind = parse_shapes(shapes), parse_binds(binds)
+    model: Any = path
+    if Path(path).is_dir():
+        from sparsec.artifact import load
+
+        _only_for_models(shape=shape, bind=bind)
+        model = load(path)
+    from sparsec.tuner import print_tuned, tune
+
+    start, notes = time.perf_counter(), list[str]()
+    with progress() as say:
+        result = tune(model, cpu, cache, time_limit, again, shape, bind, notes, say)
+    for text in notes:
+        note(text)
+    if result.skipped:
+        note(f"not measured for lack of time: {', '.join(result.skipped)}; run it again to go on")
+    if as_json:
+        print_json({**result.json(), "seconds": round(time.perf_counter() - start, 3)})
+    else:
+        print_tuned(result, stdout(), verbose)
+
+
 @cli.command("run")
 @click.argument("path", metavar="ARTIFACT")
 @click.option("--input", "inputs", multiple=True, metavar="INPUT=FILE.npy", help="One for each input.")
@@ -480,7 +521,8 @@ def run(arguments: Sequence[str]) -> int:
         _fail("UsageError", " ".join(error.format_message().split()), where, as_json, verbose)
         return 2
     except KeyboardInterrupt:
-        _fail("Interrupted", "interrupted; nothing was written", "", as_json, False)
+        kept = "what was measured is kept" if "tune" in arguments[:1] else "nothing was written"
+        _fail("Interrupted", f"interrupted; {kept}", "", as_json, False)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at exit

@@ -33,6 +33,7 @@ from sparsec.program import Program
 from sparsec.recipe import Recipe, load_recipe
 from sparsec.targets import Target, find_target
 from sparsec.tolerance import tolerances
+from sparsec.tuning import Lookup, read_tuning
 from sparsec.verify import parity_sample, verify
 
 Model = str | _os.PathLike[str] | bytes | onnx.ModelProto | ir.Model
@@ -68,6 +69,7 @@ def compile(
     dump: str | _os.PathLike[str] | None = None,
     embed_weights: bool = False,
     preprocess: str | None = None,
+    tuning: str | _os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Compile a model to an artifact for one target and prove it against ONNX Runtime.
@@ -77,20 +79,24 @@ def compile(
     after those of `recipe`. calibration: an .npz, a folder of images with `preprocess`, arrays by input name, or `Images`.
     shapes: input name to full shape. bind: inputs fixed to a constant. threads: the artifact's default. output: the
     artifact if it ends in ".sparsec", else the folder for it; without it the artifact lives in a temporary directory that
-    goes with the object. Raises a `SparsecError`; then nothing is left behind.
+    goes with the object. tuning: a file that `sparsec tune` made, asked before the cost model. Raises a `SparsecError`;
+    then nothing is left behind.
     """
     say = progress or (lambda text: None)
     if threads < 1 or threads > 256:
         raise UsageError(f"expected 1 to 256 threads, got {threads}", "--threads")
     chosen = _recipe(recipe)
     machine = target if isinstance(target, Target) else find_target(target or chosen.target or "host", cpu, os)
+    choices = Lookup(read_tuning(tuning)) if tuning is not None else None
+    if choices is not None:
+        choices.tuning.check_for(machine.cpu)
     name = _model_name(model, output)
     with _destination(output, name, overwrite) as (directory, finish):
         say("loading")
         rewritten = _rewrite(model, passes, chosen, calibration, shapes, bind, plugins, dump, preprocess, say, machine)
         data = model_bytes(rewritten.model)
         say("lowering")
-        program = lower(rewritten.model, machine, name)
+        program = lower(rewritten.model, machine, name, choices)
         _dump_program(dump, program)
         build(program, directory, name=name, threads=threads, embed_weights=embed_weights, progress=say)
         say("packing")
@@ -101,12 +107,12 @@ def compile(
             pack_parity(sample, expected, [allowed[t.name] for t in program.outputs])
         )
         facts = Facts(
-            digests=rewritten.digests,
+            digests={**rewritten.digests, "tuning": choices.tuning.digest if choices is not None else None},
             tolerances=allowed,
             passes=rewritten.records,
             threads=threads,
             bind={key: str(value) for key, value in (bind or {}).items()},
-            notes=rewritten.notes,
+            notes=(*rewritten.notes, *(choices.notes() if choices is not None else ())),
             embed_weights=embed_weights,
         )
         write_artifact(directory, program=program, model_bytes=data, facts=facts)

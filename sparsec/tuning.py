@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -153,18 +154,18 @@ class Lookup:
         self.found += 1
         return entry
 
-    def note(self) -> str | None:
+    def notes(self) -> tuple[str, ...]:
         """What the user should know: layers that were not measured."""
         if self.found == self.asked:
-            return None
+            return ()
         rest = self.asked - self.found
-        return f"tuning: {rest} of {self.asked} convolutions were not measured and are chosen by prediction"
+        return (f"tuning: {rest} of {self.asked} convolutions were not measured and are chosen by prediction",)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_tuning(path: str | Path) -> Tuning:
+def read_tuning(path: str | os.PathLike[str]) -> Tuning:
     """Read and check a tuning file. Raises TuningError."""
     where = str(path)
     try:

@@ -1,0 +1,331 @@
+"""`sparsec tune`: measure candidate kernels of each convolution on this machine and keep the fastest in a tuning file.
+
+The model is lowered once, with a recorder in the place of measured choices. Of each distinct layer the best tilings of
+each format, by the cost model, are compiled into one library and timed in turns on one thread; the layer's own weights
+decide the pattern, its bias and epilogue are left plain, as they cost all candidates the same.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparsec import measure, tuning
+from sparsec.artifact import Artifact
+from sparsec.build import cache_folder
+from sparsec.errors import CheckError, RuntimeUnavailable, TuningError, UsageError
+from sparsec.kernels import conv
+from sparsec.kernels.base import KernelCall
+from sparsec.loading import load_model
+from sparsec.lowering import lower
+from sparsec.lowering.rules.convolution import ConvPrices
+from sparsec.program import Kernel
+from sparsec.targets import Target, find_target, host_model, missing_features
+from sparsec.tuning import Entry, Measured, Tuning
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Progress = Callable[..., None]
+Option = tuple[conv.Format, conv.Tiling, float]  # with its predicted microseconds
+
+TILINGS = 3  # of each format, the best by prediction
+WITHIN = 3.0  # times the cheapest prediction: what costs more is not measured, but the best dense one always
+TIE = 0.01  # of the fastest time: within it the cost model's favourite is chosen, so that noise does not choose
+LAYER_SECONDS = 5.0  # at most, without a limit
+
+
+@dataclass(frozen=True)
+class TunedLayer:
+    """A distinct convolution. `names`: the nodes that share it."""
+
+    names: tuple[str, ...]
+    entry: Entry
+    reused: bool  # from the file, not measured now
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What `tune` found. `skipped`: nodes that were left for lack of time."""
+
+    path: Path
+    model: str
+    cpu: str
+    layers: tuple[TunedLayer, ...]
+    skipped: tuple[str, ...]
+
+    def json(self) -> dict[str, Any]:
+        """The object of `tune --json`."""
+        return {
+            "tuning": str(self.path),
+            "model": self.model,
+            "cpu": self.cpu,
+            "layers": [_layer_json(layer) for layer in self.layers],
+            "skipped": list(self.skipped),
+            "summary": summary([layer.entry for layer in self.layers]),
+        }
+
+
+class _Recorder:
+    """Answers nothing and remembers every question."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, tuple[list[str], ConvPrices]] = {}
+
+    def conv(self, name: str, prices: ConvPrices) -> Entry | None:
+        key = tuning.layer_key(tuning.conv_layer(prices))
+        self.layers.setdefault(key, ([], prices))[0].append(name)
+        return None
+
+
+def tune(
+    model: Any,
+    cpu: str | None = None,
+    cache: str | Path | None = None,
+    time_limit: float | None = None,
+    again: bool = False,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    bind: Mapping[str, Any] | None = None,
+    notes: list[str] | None = None,
+    progress: Progress | None = None,
+) -> Tuned:
+    """Measure the convolutions of a model, or of an `Artifact`, and keep the choices in the file `cache`.
+
+    model: as for `compile`. cpu: compile for this stanza of the target host (default: this machine's, or the
+    artifact's). cache: a file of before is extended; default: one for this CPU in the user's cache folder. time_limit:
+    seconds; layers that are left then are named in `skipped`. again: measure layers that the file has already. notes: a
+    list to which is added what the user should know. progress: called with a text, or a text, a number and a total.
+    Raises a `SparsecError`; what was measured until then is in the file.
+    """
+    say = progress or (lambda what, done=None, total=None: None)
+    notes = [] if notes is None else notes
+    if time_limit is not None and not 0 < time_limit < float("inf"):
+        raise UsageError(f"expected seconds above 0, got {time_limit}", "--time-limit")
+    source, target = _source(model, cpu)
+    path = Path(cache) if cache is not None else default_path(target)
+    known = _known(path, target, notes)
+    say("lowering")
+    recorder = _Recorder()
+    lower(load_model(source, shapes, bind, notes), target, "model", recorder)
+    wanted = {key: found for key, found in recorder.layers.items() if again or key not in known.entries}
+    order = sorted(wanted, key=lambda key: -_cost(*wanted[key]))  # what costs most first, in case time runs out
+    end = time.perf_counter() + time_limit if time_limit is not None else None
+    skipped: list[str] = []
+    for i, key in enumerate(order):
+        names, prices = wanted[key]
+        now = time.perf_counter()
+        if end is not None and now >= end:
+            skipped += names
+            continue
+        say(f"measuring {names[0]}", i, len(order))
+        share = LAYER_SECONDS if end is None else min(LAYER_SECONDS, (end - now) / (len(order) - i))
+        known = replace(known, entries={**known.entries, key: measure_conv(prices, target, share)})
+        known.write(path)
+    if not order:
+        known.write(path)
+    layers = tuple(
+        TunedLayer(tuple(names), known.entries[key], key not in wanted)
+        for key, (names, _) in recorder.layers.items()
+        if key in known.entries
+    )
+    return Tuned(path, known.model, known.cpu, layers, tuple(skipped))
+
+
+def default_path(target: Target) -> Path:
+    """The tuning file of this machine's CPU in the user's cache folder."""
+    words = re.sub(r"[^a-z0-9]+", "-", f"{host_model()} {target.cpu}".lower()).strip("-")
+    return cache_folder() / "tuning" / f"{words}.json"
+
+
+def _source(model: Any, cpu: str | None) -> tuple[Any, Target]:
+    """What to load, and the target to measure on; raises unless this machine can run its code."""
+    if isinstance(model, Artifact):
+        stanza = model.manifest["target"]
+        if stanza["name"] != "host":
+            problem = f"is for {stanza['name']}; only kernels of this machine can be measured: give one for host"
+            raise UsageError(problem, str(model.path))
+        if cpu not in (None, stanza["cpu"]):
+            raise UsageError(f"the artifact is for {stanza['cpu']}, not {cpu}; give its MODEL.onnx", "--cpu")
+        model, cpu = model.path / "model.onnx", stanza["cpu"]
+    target = find_target("host", cpu)
+    if missing := missing_features(target):
+        raise RuntimeUnavailable(f"this CPU lacks {', '.join(missing)}, so {target.cpu} cannot be measured", "--cpu")
+    return model, target
+
+
+def _known(path: Path, target: Target, notes: list[str]) -> Tuning:
+    """What the file holds, if it is of this CPU and these kernels; else an empty one to replace it."""
+    fresh = Tuning(host_model(), target.cpu, tuning.kernels_version(), {})
+    if not path.exists():
+        return fresh
+    old = tuning.read_tuning(path)
+    if (old.model, old.cpu) != (fresh.model, fresh.cpu):
+        here, there = (f"{t.model} as {t.cpu}" for t in (fresh, old))
+        raise TuningError(f"was measured on {there}, this is {here}; choose another --cache", str(path))
+    if old.kernels != fresh.kernels:
+        notes.append(f"{path}: was measured with other kernels; starting afresh")
+        return fresh
+    return old
+
+
+def _cost(names: Sequence[str], prices: ConvPrices) -> float:
+    return len(names) * min(ranked[0][0] for ranked in prices.ranked.values())
+
+
+# --- one layer --------------------------------------------------------------------------------------------------------
+
+
+def options(prices: ConvPrices) -> list[Option]:
+    """What is measured of a layer, by prediction, cheapest first."""
+    cheapest = min(ranked[0][0] for ranked in prices.ranked.values())
+    found = [
+        (form, tiling, us)
+        for form, ranked in prices.ranked.items()
+        for i, (us, tiling) in enumerate(ranked[:TILINGS])
+        if us <= WITHIN * cheapest or (not form.sparse and i == 0)
+    ]
+    return sorted(found, key=lambda option: option[2])
+
+
+def conv_calls(target: Target, prices: ConvPrices, option: Option) -> list[tuple[KernelCall, dict[str, str]]]:
+    """The calls of one candidate, each with the value that every role stands for."""
+    form, tiling, _ = option
+    bias = np.zeros(prices.geometry.w_shape[0], np.float32)
+    prepare, main = conv.bind(target.machine, prices.geometry, prices.w, form=form, bias=bias, tiling=tiling)
+    if prepare is None:
+        return [(main, {"x": "x", "y": "y"})]
+    return [(prepare, {"x": "x", "prepared": "prepared"}), (main, {"x": "prepared", "y": "y"})]
+
+
+def measure_conv(prices: ConvPrices, target: Target, seconds: float = LAYER_SECONDS) -> Entry:
+    """Compile and time the candidates of a convolution; about `seconds` go to timing. Raises CheckError, BuildError."""
+    found = options(prices)
+    trials = make_trials(prices, target, found)
+    measure.race(trials, seconds)
+    rows = [
+        Measured(form.name, tiling.rows, tiling.vectors, tiling.lanes, round(us, 3), round(trial.us, 3))
+        for (form, tiling, us), trial in zip(found, trials, strict=True)
+    ]
+    fastest = min(row.measured_us for row in rows)
+    choice = min((row for row in rows if row.measured_us <= (1 + TIE) * fastest), key=lambda row: row.predicted_us)
+    rest = sorted((row for row in rows if row is not choice), key=lambda row: row.measured_us)
+    return Entry(tuning.conv_layer(prices), (choice, *rest))
+
+
+def make_trials(prices: ConvPrices, target: Target, found: Sequence[Option]) -> list[measure.Trial]:
+    """The candidates as one loaded library over shared activations, run once and compared with each other."""
+    calls = [conv_calls(target, prices, option) for option in found]
+    kernels = [Kernel(call.name, call.func, call.text) for row in calls for call, _ in row]
+    library = measure.Library(kernels, target)
+    x = np.random.default_rng(0).standard_normal(prices.geometry.x_shape, np.float32)
+    stage = measure.Stage(x)
+    trials = [measure.Trial(library, row, stage, option[2]) for row, option in zip(calls, found, strict=True)]
+    y, first = stage.rooms["y"], None
+    # Rounding in any order of summation: a sum of K products is off by at most K eps times the sum of their magnitudes.
+    magnitudes = np.abs(prices.w).sum(axis=(1, 2, 3), dtype=np.float64).max(initial=0.0) * np.abs(x).max(initial=0.0)
+    allowed = 2 * (prices.geometry.taps + 1) * np.finfo(np.float32).eps * magnitudes
+    for trial, option in zip(trials, found, strict=True):
+        y.array[:] = np.nan
+        trial.run()
+        first = y.array.copy() if first is None else first
+        if not np.abs(y.array.astype(np.float64) - first).max(initial=0.0) <= allowed:
+            raise CheckError(
+                f"{option[0].name} computes something else than {found[0][0].name}; please report it", "tune"
+            )
+    return trials
+
+
+# --- what it says about the cost model --------------------------------------------------------------------------------
+
+
+def summary(entries: Sequence[Entry]) -> dict[str, float | int | None]:
+    """Prediction against measurement, over all candidates of all layers.
+
+    ratio: geometric mean of measured / predicted; spread: geometric standard deviation of it; rank_correlation:
+    Spearman's within layers, averaged; regret: geometric mean of the time of the model's favourite over the fastest.
+    """
+    logs, correlations, regrets = [], [], []
+    for entry in entries:
+        predicted = np.array([c.predicted_us for c in entry.candidates])
+        measured = np.array([c.measured_us for c in entry.candidates])
+        logs.append(np.log(measured / predicted))
+        regrets.append(np.log(measured[predicted.argmin()] / measured.min()))
+        if len(entry.candidates) >= 3 and np.ptp(predicted) > 0 and np.ptp(measured) > 0:
+            correlations.append(float(np.corrcoef(_ranks(predicted), _ranks(measured))[0, 1]))
+    flat = np.concatenate(logs) if logs else np.zeros(0)
+    return {
+        "layers": len(entries),
+        "candidates": int(flat.size),
+        "ratio": round(float(np.exp(flat.mean())), 4) if flat.size else None,
+        "spread": round(float(np.exp(flat.std())), 4) if flat.size else None,
+        "rank_correlation": round(float(np.mean(correlations)), 4) if correlations else None,
+        "regret": round(float(np.exp(np.mean(regrets))), 4) if regrets else None,
+    }
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Position in order, equal values sharing the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def _layer_json(layer: TunedLayer) -> dict[str, Any]:
+    choice = layer.entry.choice
+    rows = [
+        {"kernel": c.kernel, "tile": c.tile, "predicted_us": c.predicted_us, "measured_us": c.measured_us}
+        for c in layer.entry.candidates
+    ]
+    return {
+        "names": list(layer.names),
+        **{key: layer.entry.layer[key] for key in ("op", "x_shape", "w_shape", "stored")},
+        "kernel": choice.kernel,
+        "tile": choice.tile,
+        "measured_us": choice.measured_us,
+        "predicted_us": choice.predicted_us,
+        "reused": layer.reused,
+        "candidates": rows,
+    }
+
+
+def print_tuned(result: Tuned, console: Console, verbose: bool = False) -> None:
+    """A table of the layers with their candidates; without `verbose` the best of each format."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(f"{result.model} as {result.cpu}, one thread"), title_justify="left")
+    for column in ("layer", "x", "weight", "candidate", "tile", "predicted us", "measured us", "ratio", ""):
+        right = column in ("predicted us", "measured us", "ratio")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    for layer in result.layers:
+        more = f" (+{len(layer.names) - 1})" if len(layer.names) > 1 else ""
+        shapes = ("x".join(map(str, layer.entry.layer[key])) for key in ("x_shape", "w_shape"))
+        head = [layer.names[0] + more, *shapes]
+        seen: set[str] = set()
+        for row in layer.entry.candidates:
+            if row.kernel in seen and not verbose:
+                continue
+            seen.add(row.kernel)
+            chosen = row is layer.entry.choice
+            mark = ("chosen, from the file" if layer.reused else "chosen") if chosen else ""
+            numbers = [f"{row.predicted_us:.1f}", f"{row.measured_us:.1f}", f"{row.measured_us / row.predicted_us:.2f}"]
+            table.add_row(*map(escape, [*head, row.kernel, row.tile, *numbers, mark]))
+            head = ["", "", ""]
+    console.print(table)
+    facts = summary([layer.entry for layer in result.layers])
+    lines = []
+    if facts["candidates"]:
+        lines.append(
+            f"model    measured / predicted {facts['ratio']:.2f}, spread {facts['spread']:.2f}x over {facts['candidates']} candidates;"
+            f" choosing by prediction alone would cost {100 * (facts['regret'] - 1):.1f}%"  # type: ignore[operator]
+        )
+    if facts["rank_correlation"] is not None:
+        lines.append(f"ranks    correlation {facts['rank_correlation']:.2f} within layers, on average")
+    lines.append(f"kept in  {result.path}")
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
