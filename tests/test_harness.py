@@ -7,6 +7,7 @@ import pytest
 from harness import ranges, run_kernel
 from tvm.script import tirx as T
 
+
 @T.prim_func(s_tir=True)
 def double(x: T.Buffer((64,), "float32"), y: T.Buffer((64,), "float32"), begin: T.int32, end: T.int32):
     for t in T.serial(begin, end):
