@@ -59,8 +59,8 @@ class Format:
 
 def _format(rows: int, columns: int) -> Format:
     block = f"{rows}x{columns}"
-    what = "unstructured" if block == "1x1" else f"{block} blocks (output x input channels)"
-    return Format(f"conv_f32_{block}", "Conv", block, "float32", rows, columns, f"convolution, weights in {what}")
+    what = "unstructured zeros" if block == "1x1" else f"{block} blocks (output x input channels)"
+    return Format(f"conv_f32_{block}", "Conv", block, "float32", rows, columns, f"convolution, {what}")
 
 
 _UNROLL = 4  # dense columns a round of the inner loop

@@ -115,7 +115,9 @@ def main() -> int:
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """The table."""
-    table = Table("model", "target", "variant", "error", "top-1 same", "compile s", "peak MB", "weights kB", "code kB", "")
+    table = Table(
+        "model", "target", "variant", "error", "top-1 same", "compile s", "peak MB", "weights kB", "code kB", ""
+    )
     for row in rows:
         cells = ["-"] * 6
         if "error" in row:
