@@ -7,10 +7,12 @@ workspace hooks and no argument checks; accumulators are stack slots that LLVM t
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm import ir, s_tir, tirx
 from tvm.ir import PointerType, PrimType
 from tvm.tirx.build import codegen_build
@@ -90,6 +92,19 @@ def compile_kernels(kernels: tuple[Kernel, ...], target: Target, path: Path) -> 
         library.write_to_file(str(path), "o")
     except (tvm.error.InternalError, RuntimeError, ValueError, TypeError) as error:
         raise BuildError(f"TVM could not build {len(kernels)} kernels: {_last_line(error)}", target.name) from error
+
+
+def argument_bytes(kernel: Kernel) -> tuple[int, ...]:
+    """Bytes that each pointer of the kernel must have. One element may be none: TIR has no empty buffers."""
+    buffers = [param for param in kernel.func.params if tirx.is_buffer_var(param)]
+    counts = [math.prod(int(extent) for extent in buffer.shape) for buffer in buffers]
+    widths = [max(1, tvm.DataType(str(buffer.dtype)).bits // 8) for buffer in buffers]
+    return tuple(count * width if count > 1 else 0 for count, width in zip(counts, widths, strict=True))
+
+
+def same_code(a: Kernel, b: Kernel) -> bool:
+    """Whether two kernels compute the same from the same arguments."""
+    return a.func is b.func or bool(tvm_ffi.structural_equal(a.func, b.func))
 
 
 def kernel_text(kernel: Kernel) -> str:

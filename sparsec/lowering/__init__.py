@@ -22,8 +22,8 @@ def lower(model: ir.Model, target: Target, name: str = "model", tuning: Choices 
 
     `tuning`: measured choices, asked before the cost model.
     """
-    calls = Calls()
     graph = model.graph
+    calls = Calls(frozenset(str(v.name) for v in _values(graph)))
     for value in graph.inputs:
         declare(calls, value)
     for item in schedule(graph, target, tuning):
@@ -34,6 +34,13 @@ def lower(model: ir.Model, target: Target, name: str = "model", tuning: Choices 
     for value in graph.outputs:
         declare(calls, value)
     return plan(name, target, calls, [str(v.name) for v in graph.inputs], [str(v.name) for v in graph.outputs])
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
 
 
 def schedule(graph: ir.Graph, target: Target, tuning: Choices | None = None) -> list[Taken | list[tuple[ir.Node, str]]]:
@@ -71,17 +78,19 @@ def _emit_generic(items: list[tuple[ir.Node, str]], calls: Calls, target: Target
             if value is not None and value.name:
                 declare(calls, value)
     region = lower_generic(nodes, target.machine)
+    own: dict[str, str] = {}  # the region's names -> names that are new here
     for name, (shape, dtype) in region.temporaries.items():
-        calls.value(name, shape, dtype)
-    calls.constants.update(region.constants)
+        own[name] = calls.value(calls.fresh(name), shape, dtype)
+    for name, array in region.constants.items():
+        own[name] = calls.fresh(name)
+        calls.constants[own[name]] = array
     outputs = {str(v.name): dims(v) for node in nodes for v in node.outputs if v.name}
     for step in region.steps:
-        for scratch in step.scratch:
-            calls.value(scratch.name, scratch.shape, scratch.dtype)
-        names = (*step.inputs, *step.outputs, *(s.name for s in step.scratch))
-        refs = tuple(calls.ref(n) for n in names)
-        reads = tuple(n for n in step.inputs if n in calls.values)
-        writes = (*step.outputs, *(s.name for s in step.scratch))
+        rooms = tuple(calls.value(calls.fresh(s.name), s.shape, s.dtype) for s in step.scratch)
+        inputs, writes = (tuple(own.get(n, n) for n in names) for names in (step.inputs, step.outputs))
+        refs = tuple(calls.ref(n) for n in (*inputs, *writes, *rooms))
+        reads = tuple(n for n in inputs if n in calls.values)
+        writes = (*writes, *rooms)
         calls.calls.append(Call(step.kernel, refs, reads, writes, step.tiles, 0, step.nodes))
         shape = next((outputs[n] for n in step.outputs if n in outputs), ())
         why = "; ".join(dict.fromkeys(reasons[n] for n in step.nodes if n in reasons))

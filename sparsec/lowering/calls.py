@@ -37,13 +37,20 @@ class Call:
 
 @dataclass
 class Calls:
-    """The growing result of selection; one per lowering, never shared."""
+    """The growing result of selection; one per lowering, never shared. `graph_names`: the graph's own, never to be reused."""
 
+    graph_names: frozenset[str] = frozenset()
     calls: list[Call] = field(default_factory=list)
     values: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)  # name -> shape, dtype
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     views: dict[str, tuple[str, int]] = field(default_factory=dict)  # name -> (value it lies in, byte offset)
     layers: list[Layer] = field(default_factory=list)
+
+    def fresh(self, name: str) -> str:
+        """`name`, or the first of `name'`, `name''`, ... that nothing has yet."""
+        while name in self.graph_names or name in self.values or name in self.constants:
+            name += "'"
+        return name
 
     def value(self, name: str, shape: tuple[int, ...], dtype: str) -> str:
         """Declare an activation; returns its name."""
@@ -74,10 +81,8 @@ class Calls:
         args: list[Ref] = []
         for role in call.roles:
             if role in call.constants:
-                key = f"{owner}/{role}"
-                held = self.constants.setdefault(key, call.constants[role])
-                if held is not call.constants[role]:
-                    raise CheckError("two constants of one name", key)
+                key = self.fresh(f"{owner}/{role}")
+                self.constants[key] = call.constants[role]
                 args.append(Ref("constant", key))
             elif role == "scratch":
                 args.append(Ref("scratch"))

@@ -3,8 +3,10 @@
 Invariants of the result, checked by `check`:
     1. every base is a multiple of ALIGNMENT, with SLACK bytes behind it that no other live buffer owns;
     2. two buffers whose lifetimes overlap do not overlap in memory;
-    3. a view lies inside its owner; a value written by a step is not a constant;
-    4. the same program always gets the same offsets.
+    3. every pointer of a step has the bytes that its kernel was built for: in one buffer that is alive, in one constant,
+       or in the scratch area;
+    4. kernels of one name are one code;
+    5. the same program always gets the same offsets.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import hashlib
 
 import numpy as np
 
+from sparsec.codegen import argument_bytes, same_code
 from sparsec.errors import CheckError
 from sparsec.lowering.calls import Calls, Ref
 from sparsec.program import ALIGNMENT, SLACK, Arg, Buffer, Constant, Kernel, Program, Step, Tensor
@@ -49,9 +52,7 @@ def plan(name: str, target: Target, calls: Calls, inputs: list[str], outputs: li
         array = calls.constants[value]
         return Tensor(value, tuple(array.shape), str(array.dtype), place(Ref("constant", value)))
 
-    kernels: dict[str, Kernel] = {}
-    for call in calls.calls:
-        kernels.setdefault(call.kernel.name, call.kernel)
+    kernels = _kernels(calls)
     steps = tuple(Step(c.kernel.name, tuple(place(a) for a in c.args), c.tiles, c.nodes) for c in calls.calls)
     scratch = max((c.scratch for c in calls.calls), default=0)
     buffers = tuple(
@@ -65,6 +66,15 @@ def plan(name: str, target: Target, calls: Calls, inputs: list[str], outputs: li
     )  # fmt: skip
     check(program)
     return program
+
+
+def _kernels(calls: Calls) -> dict[str, Kernel]:
+    kernels: dict[str, Kernel] = {}
+    for call in calls.calls:
+        known = kernels.setdefault(call.kernel.name, call.kernel)
+        if not same_code(known, call.kernel):
+            raise CheckError(f"two kernels have this name: {known.text!r} and {call.kernel.text!r}", known.name)
+    return kernels
 
 
 def _aligned(size: int) -> int:
@@ -143,10 +153,19 @@ def check(program: Program) -> None:
                 break
             if a.first <= b.last and b.first <= a.last:
                 raise CheckError(f"shares memory with {b.name!r} while both are alive", a.name)
-    for step in program.steps:
-        for arg in step.args:
-            limit = {"arena": program.arena_bytes, "weights": program.weights_bytes, "scratch": program.scratch_bytes}[
-                arg.space
-            ]
-            if not 0 <= arg.offset < max(limit, 1):
-                raise CheckError(f"argument at {arg.space}+{arg.offset} is outside {limit} bytes", step.kernel)
+    sizes = {kernel.name: argument_bytes(kernel) for kernel in program.kernels}
+    for i, step in enumerate(program.steps):
+        if len(step.args) != len(sizes[step.kernel]):
+            raise CheckError(f"takes {len(sizes[step.kernel])} pointers, got {len(step.args)}", step.kernel)
+        for arg, size in zip(step.args, sizes[step.kernel], strict=True):
+            if not any(low <= arg.offset and arg.offset + size <= high for low, high in _rooms(program, arg.space, i)):
+                raise CheckError(f"step {i} has no {size} bytes at {arg.space}+{arg.offset}", step.kernel)
+
+
+def _rooms(program: Program, space: str, step: int) -> list[tuple[int, int]]:
+    """(first byte, end) of everything in `space` that `step` may use."""
+    if space == "arena":
+        return [(b.offset, b.offset + b.size) for b in program.buffers if b.first <= step <= b.last]
+    if space == "weights":
+        return [(c.offset, c.offset + c.data.nbytes) for c in program.constants]
+    return [(0, program.scratch_bytes)]

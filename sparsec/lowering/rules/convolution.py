@@ -214,7 +214,7 @@ def _emit_conv(group: Group, read: _ConvNode, machine: Machine, tuning: Choices 
             at_y = dict.fromkeys(("y", "residual"), i * part_shape[0] * geometry.pixels * 4)
             source = x
             if prepare is not None:
-                source = calls.value(f"{group.name}{suffix}/prepared", geometry.prepared_shape, "float32")
+                source = calls.value(calls.fresh(f"{group.name}{suffix}/prepared"), geometry.prepared_shape, "float32")
                 calls.emit(prepare, {"x": x, "prepared": source}, ("prepared",), names, group.name + suffix, at_x)
                 at_x = {}
             bound = {"x": source, "y": y} | ({"residual": other} if other else {})
