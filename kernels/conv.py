@@ -63,8 +63,6 @@ def _format(rows: int, columns: int) -> Format:
     return Format(f"conv_f32_{block}", "Conv", block, "float32", rows, columns, f"convolution, {what}")
 
 
-_UNROLL = 4  # dense columns a round of the inner loop
-
 DENSE = Format("conv_f32_dense", "Conv", "dense", "float32", 0, 1, "convolution, dense weights")
 TABLE: tuple[Format, ...] = (
     DENSE,
@@ -498,7 +496,8 @@ def _convolution(
     length = -(-min(out_width, 16) // tiling.lanes) * tiling.lanes
     tap_table = not (pointwise and all_live)
     block = packed.rows * packed.columns
-    unroll = _UNROLL if machine.lane_fma else 1  # LLVM unrolls by itself for x86 but not for Arm
+    area = packed.rows * packed.columns if packed.sparse else 2
+    unroll = max(1, min(4, 8 // area)) if machine.lane_fma else 1  # LLVM unrolls by itself for x86 but not for Arm
 
     constants: dict[str, np.ndarray] = {"values": packed.values}
     # One int32 array: block pointers, taps, copy pointers, copies; each where it is needed.
@@ -563,33 +562,38 @@ def _convolution(
                     register, i = slot[r, p]
                     T.buffer_store(register, emit.splat(initial, lanes), [i])
 
-            def column(panel_at: Any, weights_at: Any) -> None:
-                by_quads = machine.lane_fma and rows % 4 == 0
-                quads = (
-                    [emit.load(buffers["values"], weights_at + 4 * q, 4) for q in range(rows // 4)] if by_quads else []
-                )
-                for p, (at, lanes, _) in enumerate(parts):
-                    activations = emit.load(panel, panel_at + at, lanes)
-                    for r in range(rows):
-                        if by_quads and lanes == 4:
-                            weight = emit.lane(quads[r // 4], r % 4, 4)
-                        else:
-                            weight = emit.splat(buffers["values"][weights_at + r], lanes)
-                        register, i = slot[r, p]
-                        T.buffer_store(register, register[i] + weight * activations, [i])
+            def columns(panel_at: list[Any], weights_at: Any) -> None:
+                """Multiply-adds of some columns, whose values lie one behind the other."""
+                weight = emit.Scalars(buffers["values"], weights_at, len(panel_at) * rows, machine.lane_fma)
+                for c, start in enumerate(panel_at):
+                    for p, (at, lanes, _) in enumerate(parts):
+                        activations = emit.load(panel, start + at, lanes)
+                        for r in range(rows):
+                            register, i = slot[r, p]
+                            T.buffer_store(register, register[i] + weight(c * rows + r, lanes) * activations, [i])
 
-            if packed.sparse:
-                with T.serial(0, hi - lo) as b:
-                    row = T.bind(T.cast(buffers["index"][lo + b], "int32") * width)
-                    for c in range(packed.columns):
-                        column(row + c * width, values_at + (b * packed.columns + c) * rows)
+            def rounds(count: Any, first: Any, size: int) -> None:
+                """`count` rounds of `size` stored blocks (columns of dense weights), from block `first` of the group on."""
+                with T.serial(0, count) as b:
+                    at = first + b * size
+                    if not packed.sparse:
+                        columns([(at + u) * width for u in range(size)], values_at + at * rows)
+                        return
+                    starts = [T.bind(T.cast(buffers["index"][lo + at + u], "int32") * width) for u in range(size)]
+                    every = [start + c * width for start in starts for c in range(packed.columns)]
+                    columns(every, values_at + at * (packed.columns * rows))
+
+            total = hi - lo if packed.sparse else depth
+            if unroll == 1:
+                rounds(total, 0, 1)
+            elif packed.sparse:
+                whole = T.bind(total // unroll)
+                rounds(whole, 0, unroll)
+                rounds(total - whole * unroll, whole * unroll, 1)
             else:
-                whole_rounds = depth // unroll
-                with T.serial(0, whole_rounds) as b:
-                    for u in range(unroll):
-                        column((b * unroll + u) * width, values_at + (b * unroll + u) * rows)
-                for k in range(whole_rounds * unroll, depth):
-                    column(k * width, values_at + k * rows)
+                rounds(total // unroll, 0, unroll)
+                if total % unroll:
+                    rounds(1, total // unroll * unroll, total % unroll)
             for r in range(rows):
                 for p, (at, lanes, valid) in enumerate(parts):
                     register, i = slot[r, p]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
@@ -62,5 +63,37 @@ def store(buffer: Any, start: Any, value: Any, lanes: int, valid: int | None = N
 
 
 def lane(vector: Any, index: int, width: int) -> Any:
-    """Lane `index` of a vector of `width` lanes, in all of `width` lanes: an FMA's by-element operand on Arm."""
-    return T.Shuffle([vector], [index] * width)
+    """Lane `index` of a vector in all of `width` lanes: an FMA's by-element operand on Arm."""
+    return T.Shuffle([vector] * max(1, width // lanes_of(vector)), [index] * width)
+
+
+def dtype_of(value: Any) -> str:
+    """Element type of an expression, `float32x4` or such."""
+    return str(value.ty.dtype if hasattr(value.ty, "dtype") else value.dtype)
+
+
+def lanes_of(value: Any) -> int:
+    """Lanes of an expression."""
+    return int(dtype_of(value).partition("x")[2] or 1)
+
+
+class Scalars:
+    """`count` consecutive elements of a buffer as factors of multiply-adds.
+
+    By lanes (Arm): loaded as vectors of 16 and 8 bytes, of which an FMA takes one element; else each is broadcast.
+    """
+
+    def __init__(self, buffer: Any, start: Any, count: int, by_lanes: bool) -> None:
+        self.buffer, self.start = buffer, start
+        self._lanes: list[tuple[Any, int]] = []  # vector and lane of each element
+        size = np.dtype(str(buffer.dtype)).itemsize
+        for width in (16 // size, 8 // size):
+            while by_lanes and count - len(self._lanes) >= width:
+                vector = load(buffer, start + len(self._lanes), width)
+                self._lanes.extend((vector, i) for i in range(width))
+
+    def __call__(self, index: int, width: int) -> Any:
+        """Element `index` in all of `width` lanes."""
+        if index < len(self._lanes):
+            return lane(*self._lanes[index], width)
+        return splat(self.buffer[self.start + index], width)

@@ -74,6 +74,36 @@ def _plain_c(func: Any) -> Any:
     return tirx.PrimFunc([*pointers, *unused, *scalars], body, func.ret_type, func.attrs)
 
 
+def _with_fmax(func: Any) -> Any:
+    """`func` with floating-point maxima and minima as Arm's FMAX and FMIN.
+
+    `x < c ? c : x` with a constant c is a maximum that passes NaN on, as FMAX does; LLVM makes two or three
+    instructions of the selection because it would keep -0 where c is 0.
+    """
+
+    def call(name: str, x: Any, y: Any) -> Any:
+        return tirx.call_llvm_pure_intrin(str(x.ty.dtype), name, x, y)
+
+    def select(node: Any) -> Any:
+        test, bound, x = node.condition, node.true_value, node.false_value
+        constant = bound.value if isinstance(bound, tirx.Broadcast) else bound
+        if not isinstance(test, tirx.LT | tirx.GT) or not isinstance(constant, tirx.FloatImm):
+            return node
+        less, more = (test.a, test.b) if isinstance(test, tirx.LT) else (test.b, test.a)
+        for name, left, right in (("llvm.maximum", x, bound), ("llvm.minimum", bound, x)):
+            if tvm_ffi.structural_equal(less, left) and tvm_ffi.structural_equal(more, right):
+                return call(name, x, bound)
+        return node
+
+    def extreme(node: Any) -> Any:
+        if not str(node.ty.dtype).startswith("float"):
+            return node
+        return call("llvm.maximum" if isinstance(node, tirx.Max) else "llvm.minimum", node.a, node.b)
+
+    body = tvm_ffi.structural_map(func.body, [(tirx.Select, select), ((tirx.Max, tirx.Min), extreme)])
+    return tirx.PrimFunc(func.params, body, func.ret_type, func.attrs)
+
+
 def lower_kernels(kernels: tuple[Kernel, ...], target: Target) -> Any:
     """The kernels as one TVM module of plain C functions, ready for LLVM."""
     functions = {}
@@ -82,6 +112,8 @@ def lower_kernels(kernels: tuple[Kernel, ...], target: Target) -> Any:
     bound = tvm_target(target)
     module = ir.transform.Sequential(_lowering_passes(bound))(tvm.IRModule(functions))
     plain = {var: _plain_c(func) for var, func in module.functions.items()}
+    if target.arch == "aarch64":
+        plain = {var: _with_fmax(func) for var, func in plain.items()}
     return tirx.transform.LowerIntrin()(tvm.IRModule(plain, attrs=module.attrs))
 
 
