@@ -135,15 +135,14 @@ class Trial:
 
 
 _FIRST = 5  # rounds before the slow ones retire
-_RETIRE = 1.25  # times the fastest median, by a candidate's best sample
 _LEAST = 15  # rounds before a clear winner ends the race
 
 
-def race(trials: Sequence[Trial], seconds: float, most: int = 61) -> None:
+def race(trials: Sequence[Trial], seconds: float, most: int = 61, retire: float = 1.25) -> None:
     """Sample trials in turns, until one leads clearly, `most` rounds are done, or `seconds` are over (after 3 rounds).
 
-    Turns change direction each round, so that a drifting clock and other load hit all trials alike. One that cannot win
-    any more retires early.
+    Turns change direction each round, so that a drifting clock and other load hit all trials alike. One whose
+    best sample is above `retire` times the fastest median cannot win any more and retires early.
     """
     alive = list(trials)
     for trial in alive:
@@ -160,7 +159,7 @@ def race(trials: Sequence[Trial], seconds: float, most: int = 61) -> None:
                 return
             if done % _FIRST == 0:
                 best = min(trial.us for trial in alive)
-                alive = [trial for trial in alive if min(trial.samples) < _RETIRE * best]
+                alive = [trial for trial in alive if min(trial.samples) < retire * best]
             if done >= _LEAST and _decided(alive):
                 return
     finally:
