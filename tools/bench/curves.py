@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from bench.loaded import Loaded, Memory, seconds
-from bench.turns import Burst, Say, Spread, take_turns
+from bench.loaded import bind, room_of, seconds
+from bench.turns import Burst, Say, Spread, pinned, take_turns
 from sparsec.kernels import conv
 from sparsec.kernels.base import KernelCall
+from sparsec.measure import Library, Room
 from sparsec.program import Kernel
 from sparsec.runtimes.ort import OrtSession
 from sparsec.targets import find_target
@@ -71,23 +72,22 @@ class Bound:
 
     def __init__(self, calls: Sequence[KernelCall], geometry: conv.Geometry) -> None:
         self._calls = calls
-        self._sizes = {
-            "x": 4 * int(np.prod(geometry.x_shape)), "prepared": 4 * int(np.prod(geometry.prepared_shape)),
-            "y": 4 * int(np.prod(geometry.y_shape)),
-        }  # fmt: skip
-        self._memory: list[dict[str, Memory]] = []
+        shapes = {"x": geometry.x_shape, "prepared": geometry.prepared_shape, "y": geometry.y_shape}
+        self._sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
+        self._memory: list[dict[str, Room]] = []
 
-    def link(self, library: Loaded, x: np.ndarray) -> Burst:
+    def link(self, library: Library, x: np.ndarray) -> Burst:
         """A burst of whole layers."""
-        shared = {name: Memory(size, x if name == "x" else None) for name, size in self._sizes.items()}
+        shared = {name: room_of(x) if name == "x" else Room(size, "float32") for name, size in self._sizes.items()}
         steps = []
         for call in self._calls:
-            rooms = {role: Memory(array.nbytes, array) for role, array in call.constants.items()}
-            rooms |= {"scratch": Memory(call.scratch)} | {r: shared[r] for r in call.roles if r in shared}
+            rooms = {role: room_of(array) for role, array in call.constants.items()}
+            rooms |= {"scratch": Room(call.scratch, "uint8")} | {r: shared[r] for r in call.roles if r in shared}
             if "prepared" not in call.roles and len(self._calls) > 1:
                 rooms["x"] = shared["prepared"]
             self._memory.append(rooms)
-            steps.append((library.bind(call.name, [rooms[role].address for role in call.roles]), call.tiles))
+            pointers = [int(rooms[role].pointer.value or 0) for role in call.roles]
+            steps.append((bind(library, call.name, pointers), call.tiles))
 
         def burst(runs: int) -> list[float]:
             return [sum(seconds(call, tiles) for call, tiles in steps) for _ in range(runs + 1)][1:]
@@ -129,11 +129,12 @@ def measure_shape(shape: Shape, rounds: int) -> dict[str, Any]:
         calls = [call for call in conv.bind(machine, geometry, w, form=form, tiling=tiling) if call is not None]
         kernels.update({call.name: Kernel(call.name, call.func) for call in calls})
         bounds[block, density], predicted[block, density] = Bound(calls, geometry), cost
-    library = Loaded(list(kernels.values()), target)
+    library = Library(list(kernels.values()), target)
     x = np.random.default_rng(1).standard_normal(geometry.x_shape).astype(np.float32)
     bursts = {f"{block} {density}": bounds[block, density].link(library, x) for block, density in points}
-    bursts["ort"] = _ort_burst(shape, weights(shape, conv.DENSE, 1.0), x)
-    times = take_turns(bursts, rounds, seconds=0.004)
+    with pinned():
+        bursts["ort"] = _ort_burst(shape, weights(shape, conv.DENSE, 1.0), x)
+        times = take_turns(bursts, rounds, seconds=0.004)
     dense = times["dense 1.0"]
     found: dict[str, Any] = {
         "dense": {"us": _us(dense), "predicted_us": round(predicted["dense", 1.0], 2)},

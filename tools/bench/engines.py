@@ -177,7 +177,8 @@ class Worker:
             expected = {name: stored[name] for name in stored.files}
         path = model or engine.convert(made)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the worker)
-        environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        ours = ("PYTHONPATH", "VIRTUAL_ENV") if engine.environment else ()
+        environment = {key: value for key, value in os.environ.items() if key not in ours}
         environment["BENCH_CPUS"] = ",".join(map(str, sorted(cpus)))
         environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
         self._process = subprocess.Popen(

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from bench.loaded import Loaded, Memory, seconds
+from bench.loaded import bind, seconds
 from bench.models import Case, Missing, prepare
-from bench.turns import Say
+from bench.turns import Say, pinned
 from sparsec.errors import SparsecError
 from sparsec.loading import load_model
 from sparsec.lowering import lower
+from sparsec.measure import Library, Room
 from sparsec.program import Arg, Program
 from sparsec.targets import find_target
 
@@ -22,24 +23,22 @@ class Stepper:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self._library = Loaded(program.kernels, program.target)
-        self.spaces = {
-            "arena": Memory(program.arena_bytes), "weights": Memory(program.weights_bytes),
-            "scratch": Memory(program.scratch_bytes),
-        }  # fmt: skip
+        library = Library(program.kernels, program.target)
+        sizes = {"arena": program.arena_bytes, "weights": program.weights_bytes, "scratch": program.scratch_bytes}
+        self.spaces = {space: Room(size, "uint8") for space, size in sizes.items()}
         for constant in program.constants:
             data = np.ascontiguousarray(constant.data).reshape(-1).view(np.uint8)
-            self.spaces["weights"].bytes[constant.offset : constant.offset + data.size] = data
-        self.calls = [self._library.bind(s.kernel, [self._address(a) for a in s.args]) for s in program.steps]
+            self.spaces["weights"].array[constant.offset : constant.offset + data.size] = data
+        self.calls = [bind(library, step.kernel, [self._address(a) for a in step.args]) for step in program.steps]
 
     def _address(self, place: Arg) -> int:
-        return self.spaces[place.space].address + place.offset
+        return int(self.spaces[place.space].pointer.value or 0) + place.offset
 
     def feed(self, inputs: dict[str, np.ndarray]) -> None:
         """Copy inputs to their places."""
         for tensor in self.program.inputs:
             data = np.ascontiguousarray(inputs[tensor.name], tensor.dtype).reshape(-1).view(np.uint8)
-            self.spaces["arena"].bytes[tensor.location.offset :][: data.size] = data
+            self.spaces["arena"].array[tensor.location.offset :][: data.size] = data
 
     def inference(self) -> list[float]:
         """Seconds of each step of one inference."""
@@ -50,9 +49,10 @@ def layer_times(program: Program, inputs: dict[str, np.ndarray], rounds: int) ->
     """For each layer that runs code: name, op, shape, route, kernel, structure, predicted and measured microseconds."""
     stepper = Stepper(program)
     times = []
-    for _ in range(rounds + 1):
-        stepper.feed(inputs)
-        times.append(stepper.inference())
+    with pinned():
+        for _ in range(rounds + 1):
+            stepper.feed(inputs)
+            times.append(stepper.inference())
     medians = np.median(np.asarray(times[1:]), axis=0)
     owner = {node: i for i, layer in enumerate(program.layers) for node in layer.nodes}
     measured = [0.0] * len(program.layers)
@@ -65,7 +65,7 @@ def layer_times(program: Program, inputs: dict[str, np.ndarray], rounds: int) ->
         {
             "name": layer.name, "op": layer.op, "shape": list(layer.shape), "route": layer.route,
             "kernel": layer.kernel, "structure": layer.structure,
-            "predicted_us": round(layer.predicted_us, 2), "measured_us": round(us, 2),
+            "predicted_us": round(float(layer.predicted_us), 2), "measured_us": round(us, 2),
         }
         for layer, us in zip(program.layers, measured, strict=True)
         if us > 0

@@ -90,12 +90,16 @@ def dense_of(case: Case) -> Case:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Files of one case: the rewritten model, inputs for it and ONNX Runtime's outputs for these, both .npz."""
+    """Files of one case: the rewritten model, inputs for it and ONNX Runtime's outputs for these, both .npz.
+
+    `tuning`: a file of `sparsec tune` for sparsec's artifact, or nothing.
+    """
 
     case: Case
     model: Path
     inputs: Path
     outputs: Path
+    tuning: Path | None = None
 
 
 def _origin(case: Case) -> onnx.ModelProto | Path:
@@ -110,12 +114,12 @@ def _origin(case: Case) -> onnx.ModelProto | Path:
     return path
 
 
-def prepare(case: Case) -> Prepared:
+def prepare(case: Case, tuning: Path | None = None) -> Prepared:
     """Rewrite the model of `case` (kept until sources change). Raises Missing."""
     origin = _origin(case)
     data = origin.read_bytes() if isinstance(origin, Path) else origin.SerializeToString(deterministic=True)
     folder = cache() / "models" / f"{case.name}-{digest_of([source_digest(), data, *case.passes])}"
-    made = Prepared(case, folder / "model.onnx", folder / "inputs.npz", folder / "outputs.npz")
+    made = Prepared(case, folder / "model.onnx", folder / "inputs.npz", folder / "outputs.npz", tuning)
     if made.outputs.is_file():
         return made
     for old in folder.parent.glob(f"{case.name}-????????????????"):
@@ -130,9 +134,10 @@ def prepare(case: Case) -> Prepared:
     return made
 
 
-def compiled(made: Prepared, threads: int = 1) -> Path:
+def compiled(made: Prepared) -> Path:
     """sparsec's artifact of a prepared model for this machine (kept until sources change)."""
-    path = made.model.parent / f"host-{threads}.sparsec"
+    choices = digest_of([made.tuning.read_bytes()]) if made.tuning else "predicted"
+    path = made.model.parent / f"host-{choices}.sparsec"
     if not (path / "manifest.json").is_file():
-        sparsec.compile(made.model, "host", output=path, threads=threads, overwrite=True)
+        sparsec.compile(made.model, "host", tuning=made.tuning, output=path, overwrite=True)
     return path

@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import sparsec
@@ -18,10 +19,18 @@ REFERENCE = "ort-dense"  # ONNX Runtime on the network before pruning
 
 
 def measure_case(
-    case: Case, engines: Sequence[Engine], rounds: int, tflite: Mapping[str, Path], say: Say
+    case: Case,
+    engines: Sequence[Engine],
+    rounds: int,
+    say: Say,
+    tflite: Mapping[str, Path] = MappingProxyType({}),
+    tuning: Path | None = None,
 ) -> dict[str, Any]:
-    """One case: `{"engines": {name: facts or {"missing": reason}}, "predicted_us": ..., "memory": ...}`."""
-    made, dense = prepare(case), prepare(dense_of(case))
+    """One case. `tflite`: files for LiteRT by case; `tuning`: of `sparsec tune`, for sparsec.
+
+    Returns `{"engines": {name: facts or {"missing": reason}}, "predicted_us": ..., "memory": ...}`.
+    """
+    made, dense = prepare(case, tuning), prepare(dense_of(case))
     found: dict[str, dict[str, Any]] = {}
     workers: dict[str, Worker] = {}
     pinned = cpus(1)
@@ -88,14 +97,12 @@ def _own_facts(artifact: Path) -> dict[str, Any]:
     return {"predicted_us": totals["predicted_us"], "memory": {**sizes, "total": sum(sizes.values())}}
 
 
-def measure(
-    cases: Sequence[Case], engines: Sequence[Engine], rounds: int, tflite: Mapping[str, Path], say: Say
-) -> dict[str, Any]:
-    """All cases; one that cannot be prepared is `{"missing": reason}`."""
+def measure(cases: Sequence[Case], engines: Sequence[Engine], rounds: int, say: Say, **options: Any) -> dict[str, Any]:
+    """All cases; one that cannot be prepared is `{"missing": reason}`. `options` as of `measure_case`."""
     found: dict[str, Any] = {}
     for case in cases:
         try:
-            found[case.name] = measure_case(case, engines, rounds, tflite, say)
+            found[case.name] = measure_case(case, engines, rounds, say, **options)
         except (Missing, SparsecError) as error:
             found[case.name] = {"missing": str(error)}
     return found

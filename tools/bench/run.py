@@ -1,6 +1,7 @@
 """Run the benchmarks: `python tools/bench/run.py --all --out docs/benchmarks` writes every table and plot there.
 
-Parts measured now replace their part in OUT/results.json; tables and plots are made from all of that file.
+Parts measured now replace their part in OUT/results.json (with --case: only those models); tables and plots are made
+from all of that file.
 """
 
 from __future__ import annotations
@@ -59,10 +60,10 @@ def measure(options: argparse.Namespace, parts: list[str], console: Console) -> 
     files = {name: Path(path).resolve() for name, path in tflite.items()}
     rounds = options.rounds
     makers = {
-        "models": lambda: networks.measure(cases, engines, rounds, files, say),
+        "models": lambda: networks.measure(cases, engines, rounds, say, tflite=files, tuning=options.tuning),
         "layers": lambda: layers.measure(cases, rounds, say),
         "curves": lambda: curves.measure(rounds, say),
-        "threads": lambda: threads.measure(rounds, say),
+        "threads": lambda: threads.measure(rounds, say, options.tuning),
         "arm": lambda: arm.measure(options.icount, say),
     }
     return {part: makers[part]() for part in PARTS if part in parts}
@@ -74,7 +75,8 @@ def publish(results: dict[str, Any], out: Path, console: Console) -> None:
     head = [
         "# Benchmark results", "",
         f"{facts['cpu']}, {facts['cpus']} CPUs, {facts['system']}; "
-        + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+        + ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        + ("; sparsec's kernels chosen by `sparsec tune`" if facts["tuned"] else ""),
         "", "Median (10th-90th percentile) over rounds in which all engines take turns. How to reproduce: README.md.", "",
     ]  # fmt: skip
     text = "\n".join(head)
@@ -102,6 +104,7 @@ def main() -> int:
     parser.add_argument("--engine", action="append", default=[], choices=known, help="only these engines (repeatable)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"rounds of turns (default: {ROUNDS})")
     parser.add_argument("--tflite", action="append", default=[], metavar="CASE=FILE", help="a .tflite of your own")
+    parser.add_argument("--tuning", type=Path, metavar="FILE", help="choices of `sparsec tune` for sparsec's artifacts")
     parser.add_argument("--icount", default=os.environ.get("SPARSEC_ICOUNT", ""), metavar="COMMAND",
                         help="command that runs an aarch64 program and prints its instruction counts")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder (default: out/benchmarks)")
@@ -114,13 +117,15 @@ def main() -> int:
     parts = list(PARTS) if options.all else options.part
     if not parts:
         parser.error("give --all or --part")
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console(width=None if sys.stdout.isatty() else 260)
     options.out.mkdir(parents=True, exist_ok=True)
     stored = options.out / "results.json"
     results: dict[str, Any] = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
-    results |= measure(options, parts, Console(stderr=True))
-    results["machine"] = machine()
-    stored.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    for part, found in measure(options, parts, Console(stderr=True)).items():
+        kept = results.get(part, {}) if options.case and part in ("models", "layers") else {}
+        results[part] = {**kept, **found}
+    results["machine"] = {**machine(), "tuned": options.tuning is not None}
+    stored.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     publish(results, options.out, console)
     return 0
 

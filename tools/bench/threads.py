@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from bench.engines import ENGINES, Worker
@@ -15,7 +16,7 @@ CASES = ("mbv1-dense", "mbv1-80-4x1")
 COUNTS = (1, 2)
 
 
-def measure(rounds: int, say: Say, names: Sequence[str] = CASES) -> dict[str, Any]:
+def measure(rounds: int, say: Say, tuning: Path | None = None, names: Sequence[str] = CASES) -> dict[str, Any]:
     """For each case and engine: milliseconds with 1 and 2 threads, and the ratio."""
     if len(cpus(COUNTS[-1])) < COUNTS[-1]:
         return {"missing": "this process may use one CPU only"}
@@ -23,14 +24,14 @@ def measure(rounds: int, say: Say, names: Sequence[str] = CASES) -> dict[str, An
     for name in names:
         say(f"threads: {name}")
         try:
-            found[name] = _measure_case(name, rounds)
+            found[name] = _measure_case(name, rounds, tuning)
         except (Missing, SparsecError) as error:
             found[name] = {"missing": str(error)}
     return found
 
 
-def _measure_case(name: str, rounds: int) -> dict[str, Any]:
-    made = prepare(find_case(name))
+def _measure_case(name: str, rounds: int, tuning: Path | None) -> dict[str, Any]:
+    made = prepare(find_case(name), tuning)
     engines = [engine for engine in ENGINES if engine.name in ("sparsec", "ort")]
     with contextlib.ExitStack() as stack:
         workers = {

@@ -5,8 +5,9 @@ Clock changes and other load then hit all engines alike, and the spread over rou
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,3 +70,17 @@ def cpus(count: int) -> list[int]:
     """The last `count` CPUs this process may use: the first ones serve interrupts and whoever started us."""
     allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     return allowed[-count:]
+
+
+@contextlib.contextmanager
+def pinned(count: int = 1) -> Iterator[None]:
+    """This thread on the last `count` CPUs while the block runs; where the system cannot, nothing happens."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus(count))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
