@@ -170,7 +170,7 @@ def fit(start: Machine, observations: Sequence[Observation]) -> Machine:
                     value := loss(moved, start, observations)
                 ) < least - 1e-9:
                     best, least = moved, value
-        if least > before - 1e-4 * before:
+        if least >= before * (1 - 1e-4):
             step /= 2
     return best
 
