@@ -47,6 +47,8 @@ def measure_case(
         if not case.dense:
             start(REFERENCE, ort, dense)
         for engine in engines:
+            if engine.pruned_only and case.dense:
+                continue
             start(engine.name, engine, made, tflite.get(case.name) if engine.name == "litert" else None)
         say(f"{case.name}: timing {len(workers)} engines, {rounds} rounds")
         seconds, lost = _turns(workers, rounds)

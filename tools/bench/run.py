@@ -70,7 +70,7 @@ def measure(options: argparse.Namespace, parts: list[str], console: Console) -> 
 
 
 def publish(results: dict[str, Any], out: Path, console: Console) -> None:
-    """Tables to the terminal and to OUT/results.md, plots beside it."""
+    """Tables to the terminal, OUT/results.md and OUT/layers.md, plots beside them."""
     facts = results["machine"]
     head = [
         "# Benchmark results", "",
@@ -80,9 +80,13 @@ def publish(results: dict[str, Any], out: Path, console: Console) -> None:
         "", "Median (10th-90th percentile) over rounds in which all engines take turns. How to reproduce: README.md.", "",
     ]  # fmt: skip
     text = "\n".join(head)
+    layers_text = "# The slowest layers of every model\n\nPredicted and measured, one thread; sums are in results.md.\n"
     drawings = {"models": plots.plot_models, "curves": plots.plot_curves}
     for part, grids in report.grids_of(results).items():
-        for grid in grids:
+        for number, grid in enumerate(grids):
+            if part == "layers" and number:
+                layers_text += "\n" + grid.markdown()
+                continue
             grid.print(console)
             text += "\n" + grid.markdown()
         if part in drawings:
@@ -92,6 +96,8 @@ def publish(results: dict[str, Any], out: Path, console: Console) -> None:
             except Missing as error:
                 console.print(str(error), markup=False)
     (out / "results.md").write_text(text, encoding="utf-8")
+    if "layers" in results:
+        (out / "layers.md").write_text(layers_text, encoding="utf-8")
 
 
 def main() -> int:
