@@ -242,7 +242,19 @@ def test_help_needs_no_compiler() -> None:
     loaded = done.stdout.splitlines()[-1]
     for heavy in ("'tvm'", "'onnxruntime'", "'onnx'", "'onnx_ir'", "'numpy'"):
         assert heavy not in loaded
-    for verb in ("compile", "rewrite", "inspect", "verify", "bench", "run", "models", "passes", "targets", "kernels"):
+    for verb in (
+        "compile",
+        "rewrite",
+        "inspect",
+        "verify",
+        "bench",
+        "tune",
+        "run",
+        "models",
+        "passes",
+        "targets",
+        "kernels",
+    ):
         assert verb in done.stdout
 
 
