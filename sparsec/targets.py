@@ -68,19 +68,26 @@ def target_names() -> list[str]:
 
 
 def cpu_names(target: str) -> list[str]:
-    """CPUs that `target` accepts."""
-    return list(table()["target"][target]["cpus"])
+    """CPUs that `target` accepts; for `host` those of this machine's architecture."""
+    names = list(table()["target"][target]["cpus"])
+    return [name for name in names if _cpu(name)["arch"] == host_arch()] if target == "host" else names
+
+
+def host_arch() -> str:
+    """This machine's architecture as targets.toml names it."""
+    arch = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(arch, arch)
 
 
 def host_cpu() -> str:
     """The best CPU stanza for this machine."""
-    arch = platform.machine().lower()
-    if arch in ("x86_64", "amd64"):
+    arch = host_arch()
+    if arch == "x86_64":
         flags = _host_flags()
         if {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= flags:
             return "x86-64-v4"
         return "x86-64-v3" if {"avx2", "fma"} <= flags else "x86-64-v2"
-    if arch in ("aarch64", "arm64"):
+    if arch == "aarch64":
         return "armv8.2-a" if {"asimddp", "asimdhp"} <= _host_flags() else "generic"
     raise TargetError(f"no code generator for this machine's architecture {arch!r}; use --target arm", "host")
 
@@ -134,8 +141,11 @@ def find_target(name: str, cpu: str | None = None, os: str | None = None) -> Tar
     stanza = targets[name]
     if cpu is None:
         cpu = host_cpu() if name == "host" else stanza["cpus"][0]
-    if cpu not in stanza["cpus"]:
-        raise TargetError(f"target {name!r} has no cpu {cpu!r}{suggest(cpu, stanza['cpus'])}", "--cpu")
+    known = cpu_names(name)
+    if cpu not in known:
+        elsewhere = [t for t in targets if t != name and cpu in targets[t]["cpus"]]
+        hint = f"; it belongs to --target {elsewhere[0]}" if elsewhere else suggest(cpu, known)
+        raise TargetError(f"target {name!r} has no cpu {cpu!r}{hint}", "--cpu")
     if os is None:
         os = stanza["os"][0]
     if os not in stanza["os"]:
