@@ -470,11 +470,11 @@ def passes_verb(plugins: tuple[str, ...], as_json: bool, verbose: bool) -> None:
 @REPORTING
 def targets_verb(as_json: bool, verbose: bool) -> None:
     """Known targets with their CPUs; the first CPU and system is the default."""
-    from sparsec.targets import host_cpu, table
+    from sparsec.targets import cpu_names, host_cpu, table
 
     rows = []
     for name, stanza in table()["target"].items():
-        cpus = list(stanza["cpus"])
+        cpus = cpu_names(name)
         if name == "host":
             with contextlib.suppress(SparsecError):
                 own = host_cpu()
