@@ -133,6 +133,9 @@ def _old_onnx(model: Path, folder: Path) -> Path:
             axes = onnx.numpy_helper.to_array(constants[node.input[1]])
             node.attribute.append(onnx.helper.make_attribute("axes", axes.tolist()))
             del node.input[1]
+            kept = [attribute for attribute in node.attribute if attribute.name != "noop_with_empty_axes"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
     for entry in proto.opset_import:
         entry.version = 17 if entry.domain == "" else entry.version
     proto.ir_version = 8

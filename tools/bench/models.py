@@ -129,8 +129,8 @@ def prepare(case: Case, tuning: Path | None = None) -> Prepared:
     session = OrtSession(made.model)
     generator = np.random.default_rng(0)
     feed = {spec.name: (0.5 * generator.standard_normal(spec.shape)).astype(spec.dtype) for spec in session.inputs}
-    np.savez(made.inputs, **feed)  # type: ignore[arg-type]
-    np.savez(made.outputs, **session.run(feed))  # type: ignore[arg-type]
+    np.savez(made.inputs, **feed)
+    np.savez(made.outputs, **session.run(feed))
     return made
 
 

@@ -44,7 +44,7 @@ def measure_case(
                 found[key] = {"missing": str(error)}
 
         ort = next(engine for engine in ENGINES if engine.name == "ort")
-        if not case.dense:
+        if not case.dense or ort not in engines:
             start(REFERENCE, ort, dense)
         for engine in engines:
             if engine.pruned_only and case.dense:
@@ -53,7 +53,7 @@ def measure_case(
         say(f"{case.name}: timing {len(workers)} engines, {rounds} rounds")
         seconds, lost = _turns(workers, rounds)
         found.update(lost)
-        reference = seconds.get("ort" if case.dense else REFERENCE)
+        reference = seconds.get(REFERENCE) or (seconds.get("ort") if case.dense else None)
         for key, values in seconds.items():
             worker = workers[key]
             facts: dict[str, Any] = {"ms": Spread.of([1e3 * s for s in values]).json()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,8 @@ def model_grids(models: Mapping[str, Any]) -> list[Grid]:
 
 def layer_grids(layers: Mapping[str, Any], largest: int = 12) -> list[Grid]:
     """Sums of all models, then the slowest layers of each."""
-    sums, grids = [], []
+    sums: list[tuple[str, ...]] = []
+    grids = []
     for case, row in _measured_cases(layers):
         title = f"{case.title}, {case.state}"
         if "missing" in row:
@@ -216,6 +217,7 @@ def arm_grids(arm: Mapping[str, Any]) -> list[Grid]:
 def grids_of(results: Results) -> dict[str, Sequence[Grid]]:
     """Tables by file name without ending."""
     found: dict[str, Sequence[Grid]] = {"goals": [goal_grid(results)]}
+    makers: dict[str, Callable[[Mapping[str, Any]], Sequence[Grid]]]
     makers = {"models": model_grids, "layers": layer_grids, "curves": curve_grids, "arm": arm_grids}
     found |= {part: make(results[part]) for part, make in makers.items() if part in results}
     if "threads" in results:
