@@ -14,14 +14,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from emulation import Emulation, Place
 
 from sparsec.codegen import compile_kernels
 from sparsec.program import ALIGNMENT, MAX_ARGS, SLACK, Kernel
+from sparsec.runtimes.base import machine_arch
 from sparsec.targets import Target, find_target
 
 _FILL = 0xFF  # NaN as float32, -1 as integer
@@ -39,9 +42,9 @@ class Room:
         self.array[...] = array
 
     @property
-    def pointer(self) -> ctypes.c_void_p:
-        """Address of the first element."""
-        return ctypes.c_void_p(self.memory.ctypes.data + self.start)
+    def place(self) -> Place:
+        """The first element."""
+        return self.memory, self.start
 
     def check(self, what: str) -> None:
         """Raise AssertionError if something was written outside the buffer: there may be another one."""
@@ -57,30 +60,37 @@ def ranges(tiles: int, splits: int) -> list[tuple[int, int]]:
 
 
 class Library:
-    """Kernels as a loaded shared library for the target, which must be this machine."""
+    """Kernels as a loaded shared library for the target; one for another machine runs under its emulator."""
 
     def __init__(self, kernels: Sequence[Kernel], target: Target | None = None) -> None:
         self.target = target or find_target("host")
+        self._emulation: Emulation | None = None
         with tempfile.TemporaryDirectory() as folder:
             compile_kernels(tuple(kernels), self.target, Path(folder, "kernels.o"))
+            if self.target.arch != machine_arch():
+                self._emulation = Emulation([kernel.name for kernel in kernels], self.target.cpu, Path(folder))
+                weakref.finalize(self, self._emulation.close)
+                return
             compiler = [shutil.which("gcc")] if shutil.which("gcc") else [sys.executable, "-m", "ziglang", "cc"]
             command = [*compiler, "-shared", "-o", "kernels.so", "kernels.o", "-lm", "-Wl,-z,defs"]
             subprocess.run(command, cwd=folder, check=True)
             self._library = ctypes.CDLL(str(Path(folder, "kernels.so")))
 
-    def function(self, name: str) -> Any:
-        """Kernel `name` as a ctypes function."""
+    def run(self, name: str, places: Sequence[Place], spans: Sequence[tuple[int, int]]) -> None:
+        """Run kernel `name` over the tile ranges `spans` with pointers to `places`, in place."""
+        if self._emulation is not None:
+            self._emulation.run(name, places, spans)
+            return
         function = self._library[name]
         function.restype = None
         function.argtypes = [ctypes.c_void_p] * MAX_ARGS + [ctypes.c_int32, ctypes.c_int32]
-        return function
+        pointers = [ctypes.c_void_p(memory.ctypes.data + at) for memory, at in places]
+        for begin, end in spans:
+            function(*pointers, *[None] * (MAX_ARGS - len(places)), begin, end)
 
     def call(self, name: str, rooms: Sequence[Room], tiles: int, splits: int = 3) -> None:
         """Run kernel `name` over all tiles in `splits` uneven ranges, in place."""
-        function = self.function(name)
-        pointers = [room.pointer for room in rooms] + [None] * (MAX_ARGS - len(rooms))
-        for begin, end in ranges(tiles, splits):
-            function(*pointers, begin, end)
+        self.run(name, [room.place for room in rooms], ranges(tiles, splits))
         for i, room in enumerate(rooms):
             room.check(f"{name}, argument {i}")
 

@@ -8,7 +8,7 @@ import numpy as np
 from harness import Library, Room
 
 from sparsec.kernels.base import KernelCall
-from sparsec.program import MAX_ARGS, Kernel
+from sparsec.program import Kernel
 from sparsec.targets import Target
 
 
@@ -27,7 +27,7 @@ class Layer:
 
 
 def _tiles(library: Library, name: str, rooms: Sequence[Room], begin: int, end: int) -> None:
-    library.function(name)(*[room.pointer for room in rooms], *[None] * (MAX_ARGS - len(rooms)), begin, end)
+    library.run(name, [room.place for room in rooms], [(begin, end)])
 
 
 def check_layers(layers: Sequence[Layer], target: Target) -> None:

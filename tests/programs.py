@@ -5,7 +5,6 @@ In the text every graph input whose name starts with `w` is a weight: it becomes
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,7 +15,7 @@ from harness import Library, ranges
 
 from sparsec.loading import load_model, model_bytes
 from sparsec.lowering import lower
-from sparsec.program import ALIGNMENT, SLACK, Arg, Program
+from sparsec.program import ALIGNMENT, SLACK, Program
 from sparsec.targets import Target, find_target
 from sparsec.tolerance import tolerances
 
@@ -85,9 +84,6 @@ def run_program(program: Program, feeds: Mapping[str, np.ndarray], splits: int =
         spaces["weights"][constant.offset : constant.offset + data.size] = data
     weights = spaces["weights"].copy()
 
-    def pointer(arg: Arg) -> ctypes.c_void_p:
-        return ctypes.c_void_p(spaces[arg.space].ctypes.data + arg.offset)
-
     for tensor in program.inputs:
         data = np.ascontiguousarray(feeds[tensor.name]).reshape(-1).view(np.uint8)
         spaces["arena"][tensor.location.offset : tensor.location.offset + data.size] = data
@@ -98,10 +94,10 @@ def run_program(program: Program, feeds: Mapping[str, np.ndarray], splits: int =
             if buffer.first < i <= buffer.last:
                 dead[buffer.offset : buffer.offset + buffer.size] = False
         spaces["arena"][dead] = 0xFF
-        pointers = [pointer(arg) for arg in step.args] + [None] * (8 - len(step.args))
-        for begin, end in ranges(step.tiles, splits):
+        places = [(spaces[arg.space], arg.offset) for arg in step.args]
+        for span in ranges(step.tiles, splits):
             spaces["scratch"][...] = 0xFF
-            library.function(step.kernel)(*pointers, begin, end)
+            library.run(step.kernel, places, [span])
     assert (spaces["weights"] == weights).all(), "a kernel wrote into the weights"
     outputs = {}
     for tensor in program.outputs:

@@ -1,17 +1,20 @@
-"""Kernel tests run on every vector width this machine has."""
+"""Kernel tests run on every vector width this machine has, and on Arm."""
 
 from __future__ import annotations
 
 import pytest
 
+from sparsec.runtimes.base import machine_arch
+from sparsec.runtimes.emulated import find_emulator
 from sparsec.targets import Target, find_target, host_cpu
 
 _LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")  # each contains the ones before
 _HOST = host_cpu()
 _RUNNABLE = _LEVELS[: _LEVELS.index(_HOST) + 1] if _HOST in _LEVELS else (_HOST,)
+_EMULATED = ("armv8.2-a",) if machine_arch() != "aarch64" and find_emulator() else ()
 
 
-@pytest.fixture(params=_RUNNABLE)
+@pytest.fixture(params=[*_RUNNABLE, *_EMULATED])
 def target(request: pytest.FixtureRequest) -> Target:
-    """The host as each of its architecture levels: 4, 8 and 16 lanes on x86."""
-    return find_target("host", request.param)
+    """The host as each of its architecture levels (4, 8 and 16 lanes on x86), and Arm where there is an emulator."""
+    return find_target("arm" if request.param in _EMULATED else "host", request.param)
