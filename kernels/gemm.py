@@ -100,10 +100,16 @@ def tile_cycles(machine: Machine, rows: int, parts: Sequence[Part]) -> float:
 
 def choose_tiling(machine: Machine, m: int, k: int, n: int) -> tuple[Tiling, float]:
     """The cheapest register tile and the predicted cycles for m x k x n."""
-    best: tuple[float, int, Tiling] | None = None
+    cycles, tiling = _ranked_cycles(machine, m, k, n)[0]
+    return tiling, cycles
+
+
+def _ranked_cycles(machine: Machine, m: int, k: int, n: int) -> list[tuple[float, Tiling]]:
+    """Predicted cycles of each register tile, cheapest first; the larger tile among equals."""
     lanes = machine.lanes
     while lanes > 4 and n <= lanes // 2:
         lanes //= 2
+    found: list[tuple[float, Tiling]] = []
     for rows in range(1, min(m, 14) + 1):
         for vectors in range(1, 9):
             quads = rows if machine.lane_fma else 1
@@ -119,22 +125,25 @@ def choose_tiling(machine: Machine, m: int, k: int, n: int) -> tuple[Tiling, flo
                 for count in [row_count * columns]
                 if count
             )
-            key = (cycles, -rows * vectors, tiling)
-            if best is None or key[:2] < best[:2]:
-                best = key
-    assert best is not None
-    return best[2], best[0]
+            found.append((cycles, tiling))
+    return sorted(found, key=lambda item: (item[0], -item[1].rows * item[1].vectors))
 
 
-def predict_us(machine: Machine, m: int, k: int, n: int) -> float:
-    """Time on one thread: arithmetic, or streaming the weights."""
-    cycles = choose_tiling(machine, m, k, n)[1]
+def ranked_tilings(machine: Machine, m: int, k: int, n: int) -> list[tuple[float, Tiling]]:
+    """Predicted microseconds of each register tile on one thread, cheapest first: arithmetic, or streaming the weights."""
     weights = 4 * k * n
     if weights <= machine.l2_bytes:
         stream = weights / (machine.l2_bytes_per_cycle * machine.ghz * 1e3)
     else:
         stream = weights / (machine.memory_gbps * 1e3)
-    return max(cycles / (machine.ghz * 1e3), stream)
+    return [
+        (max(cycles / (machine.ghz * 1e3), stream), tiling) for cycles, tiling in _ranked_cycles(machine, m, k, n)
+    ]
+
+
+def predict_us(machine: Machine, m: int, k: int, n: int) -> float:
+    """Time of the best tile on one thread."""
+    return ranked_tilings(machine, m, k, n)[0][0]
 
 
 def blocks_of(n: int, tiling: Tiling) -> list[tuple[tuple[Part, ...], int]]:

@@ -1,4 +1,4 @@
-"""`sparsec tune`: measure candidate kernels of each convolution on this machine and keep the fastest in a tuning file.
+"""`sparsec tune`: measure candidate kernels of each weighted layer on this machine and keep the fastest in a tuning file.
 
 The model is lowered once, with a recorder in the place of measured choices. Of each distinct layer the best tilings of
 each format, by the cost model, are compiled into one library and timed in turns on one thread; the layer's own weights
@@ -20,11 +20,9 @@ from sparsec import measure, tuning
 from sparsec.artifact import Artifact
 from sparsec.build import cache_folder
 from sparsec.errors import CheckError, RuntimeUnavailable, TuningError, UsageError
-from sparsec.kernels import conv
-from sparsec.kernels.base import KernelCall
 from sparsec.loading import load_model
 from sparsec.lowering import lower
-from sparsec.lowering.rules.convolution import ConvPrices
+from sparsec.lowering.prices import Prices, Way
 from sparsec.program import Kernel
 from sparsec.targets import Target, find_target, host_model, missing_features
 from sparsec.tuning import Entry, Measured, Tuning
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Progress = Callable[..., None]
-Option = tuple[conv.Format, conv.Tiling, float]  # with its predicted microseconds
 
 TILINGS = 3  # of each format, the best by prediction
 WITHIN = 3.0  # times the cheapest prediction: what costs more is not measured, but the best dense one always
@@ -43,7 +40,7 @@ LAYER_SECONDS = 5.0  # at most, without a limit
 
 @dataclass(frozen=True)
 class TunedLayer:
-    """A distinct convolution. `names`: the nodes that share it."""
+    """A distinct layer. `names`: the nodes that share it."""
 
     names: tuple[str, ...]
     entry: Entry
@@ -76,10 +73,10 @@ class _Recorder:
     """Answers nothing and remembers every question."""
 
     def __init__(self) -> None:
-        self.layers: dict[str, tuple[list[str], ConvPrices]] = {}
+        self.layers: dict[str, tuple[list[str], Prices]] = {}
 
-    def conv(self, name: str, prices: ConvPrices) -> Entry | None:
-        key = tuning.layer_key(tuning.conv_layer(prices))
+    def find(self, name: str, prices: Prices) -> Entry | None:
+        key = tuning.layer_key(prices.facts)
         self.layers.setdefault(key, ([], prices))[0].append(name)
         return None
 
@@ -95,7 +92,7 @@ def tune(
     notes: list[str] | None = None,
     progress: Progress | None = None,
 ) -> Tuned:
-    """Measure the convolutions of a model, or of an `Artifact`, and keep the choices in the file `cache`.
+    """Measure the convolutions and products of a model, or of an `Artifact`, and keep the choices in the file `cache`.
 
     model: as for `compile`. cpu: compile for this stanza of the target host (default: this machine's, or the
     artifact's). cache: a file of before is extended; default: one for this CPU in the user's cache folder. time_limit:
@@ -125,7 +122,7 @@ def tune(
             continue
         say(f"measuring {names[0]}", i, len(order))
         share = LAYER_SECONDS if end is None else min(LAYER_SECONDS, (end - now) / (len(order) - i))
-        known = replace(known, entries={**known.entries, key: measure_conv(prices, target, share)})
+        known = replace(known, entries={**known.entries, key: measure_layer(prices, target, share)})
         known.write(path)
     if not order:
         known.write(path)
@@ -174,70 +171,61 @@ def _known(path: Path, target: Target, notes: list[str]) -> Tuning:
     return old
 
 
-def _cost(names: Sequence[str], prices: ConvPrices) -> float:
-    return len(names) * min(ranked[0][0] for ranked in prices.ranked.values())
+def _cost(names: Sequence[str], prices: Prices) -> float:
+    return len(names) * prices.cheapest.predicted_us
 
 
 # --- one layer --------------------------------------------------------------------------------------------------------
 
 
-def options(prices: ConvPrices) -> list[Option]:
+def shortlist(prices: Prices) -> list[Way]:
     """What is measured of a layer, by prediction, cheapest first."""
-    cheapest = min(ranked[0][0] for ranked in prices.ranked.values())
+    kernels: dict[str, list[Way]] = {}
+    for way in sorted(prices.ways, key=lambda way: way.predicted_us):
+        kernels.setdefault(way.kernel, []).append(way)
+    limit = WITHIN * prices.cheapest.predicted_us
     found = [
-        (form, tiling, us)
-        for form, ranked in prices.ranked.items()
-        for i, (us, tiling) in enumerate(ranked[:TILINGS])
-        if us <= WITHIN * cheapest or (not form.sparse and i == 0)
+        way
+        for ways in kernels.values()
+        for i, way in enumerate(ways[:TILINGS])
+        if way.predicted_us <= limit or (not way.sparse and i == 0)
     ]
-    return sorted(found, key=lambda option: option[2])
+    return sorted(found, key=lambda way: way.predicted_us)
 
 
-def conv_calls(target: Target, prices: ConvPrices, option: Option) -> list[tuple[KernelCall, dict[str, str]]]:
-    """The calls of one candidate, each with the value that every role stands for."""
-    form, tiling, _ = option
-    bias = np.zeros(prices.geometry.w_shape[0], np.float32)
-    prepare, main = conv.bind(target.machine, prices.geometry, prices.w, form=form, bias=bias, tiling=tiling)
-    if prepare is None:
-        return [(main, {"x": "x", "y": "y"})]
-    return [(prepare, {"x": "x", "prepared": "prepared"}), (main, {"x": "prepared", "y": "y"})]
-
-
-def measure_conv(prices: ConvPrices, target: Target, seconds: float = LAYER_SECONDS) -> Entry:
-    """Compile and time the candidates of a convolution; about `seconds` go to timing. Raises CheckError, BuildError."""
-    found = options(prices)
-    trials = make_trials(prices, target, found)
+def measure_layer(prices: Prices, target: Target, seconds: float = LAYER_SECONDS) -> Entry:
+    """Compile and time the ways to run a layer; about `seconds` go to timing. Raises CheckError, BuildError."""
+    ways = shortlist(prices)
+    trials = make_trials(prices, target, ways)
     measure.race(trials, seconds)
     rows = [
-        Measured(form.name, tiling.rows, tiling.vectors, tiling.lanes, round(us, 3), round(trial.us, 3))
-        for (form, tiling, us), trial in zip(found, trials, strict=True)
+        Measured(way.kernel, *way.tile, round(way.predicted_us, 3), round(trial.us, 3))
+        for way, trial in zip(ways, trials, strict=True)
     ]
     fastest = min(row.measured_us for row in rows)
     choice = min((row for row in rows if row.measured_us <= (1 + TIE) * fastest), key=lambda row: row.predicted_us)
     rest = sorted((row for row in rows if row is not choice), key=lambda row: row.measured_us)
-    return Entry(tuning.conv_layer(prices), (choice, *rest))
+    return Entry(prices.facts, (choice, *rest))
 
 
-def make_trials(prices: ConvPrices, target: Target, found: Sequence[Option]) -> list[measure.Trial]:
-    """The candidates as one loaded library over shared activations, run once and compared with each other."""
-    calls = [conv_calls(target, prices, option) for option in found]
-    kernels = [Kernel(call.name, call.func, call.text) for row in calls for call, _ in row]
+def make_trials(prices: Prices, target: Target, ways: Sequence[Way]) -> list[measure.Trial]:
+    """The ways as one loaded library over shared activations, run once and compared with each other."""
+    bound = [prices.calls(way) for way in ways]
+    kernels = [Kernel(call.name, call.func, call.text) for calls in bound for call, _ in calls]
     library = measure.Library(kernels, target)
-    x = np.random.default_rng(0).standard_normal(prices.geometry.x_shape, np.float32)
+    x = np.random.default_rng(0).standard_normal(prices.facts["x_shape"], np.float32)
     stage = measure.Stage(x)
-    trials = [measure.Trial(library, row, stage, option[2]) for row, option in zip(calls, found, strict=True)]
+    trials = [measure.Trial(library, calls, stage, way.predicted_us) for calls, way in zip(bound, ways, strict=True)]
     y, first = stage.rooms["y"], None
     # Rounding in any order of summation: a sum of K products is off by at most K eps times the sum of their magnitudes.
-    magnitudes = np.abs(prices.w).sum(axis=(1, 2, 3), dtype=np.float64).max(initial=0.0) * np.abs(x).max(initial=0.0)
-    allowed = 2 * (prices.geometry.taps + 1) * np.finfo(np.float32).eps * magnitudes
-    for trial, option in zip(trials, found, strict=True):
+    magnitudes = np.abs(prices.weight).sum(axis=1, dtype=np.float64).max(initial=0.0) * np.abs(x).max(initial=0.0)
+    allowed = 2 * (prices.weight.shape[1] + 1) * np.finfo(np.float32).eps * magnitudes
+    for trial, way in zip(trials, ways, strict=True):
         y.array[:] = np.nan
         trial.run()
         first = y.array.copy() if first is None else first
         if not np.abs(y.array.astype(np.float64) - first).max(initial=0.0) <= allowed:
-            raise CheckError(
-                f"{option[0].name} computes something else than {found[0][0].name}; please report it", "tune"
-            )
+            raise CheckError(f"{way.kernel} computes something else than {ways[0].kernel}; please report it", "tune")
     return trials
 
 
@@ -278,14 +266,14 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 def _layer_json(layer: TunedLayer) -> dict[str, Any]:
     choice = layer.entry.choice
     rows = [
-        {"kernel": c.kernel, "tile": c.tile, "predicted_us": c.predicted_us, "measured_us": c.measured_us}
+        {"kernel": c.kernel, "tile": c.shape, "predicted_us": c.predicted_us, "measured_us": c.measured_us}
         for c in layer.entry.candidates
     ]
     return {
         "names": list(layer.names),
         **{key: layer.entry.layer[key] for key in ("op", "x_shape", "w_shape", "stored")},
         "kernel": choice.kernel,
-        "tile": choice.tile,
+        "tile": choice.shape,
         "measured_us": choice.measured_us,
         "predicted_us": choice.predicted_us,
         "reused": layer.reused,
@@ -314,7 +302,7 @@ def print_tuned(result: Tuned, console: Console, verbose: bool = False) -> None:
             chosen = row is layer.entry.choice
             mark = ("chosen, from the file" if layer.reused else "chosen") if chosen else ""
             numbers = [f"{row.predicted_us:.1f}", f"{row.measured_us:.1f}", f"{row.measured_us / row.predicted_us:.2f}"]
-            table.add_row(*map(escape, [*head, row.kernel, row.tile, *numbers, mark]))
+            table.add_row(*map(escape, [*head, row.kernel, row.shape, *numbers, mark]))
             head = ["", "", ""]
     console.print(table)
     facts = summary([layer.entry for layer in result.layers])

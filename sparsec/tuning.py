@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata, resources
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sparsec.errors import TuningError
 
 if TYPE_CHECKING:
-    from sparsec.lowering.rules.convolution import ConvPrices
+    from sparsec.lowering.prices import Prices
 
 SCHEMA = 1
 _MAX_BYTES = 64 << 20
@@ -33,7 +33,7 @@ _AGAIN = "; run `sparsec tune` again"
 
 @dataclass(frozen=True)
 class Measured:
-    """One way to run a layer, in register tiles of `rows` x `vectors` vectors of `lanes`, and its time on one thread."""
+    """One way to run a layer, in register tiles of `rows` x `vectors` vectors of `lanes` (0: the kernel's own), and its time."""
 
     kernel: str
     rows: int
@@ -43,9 +43,14 @@ class Measured:
     measured_us: float
 
     @property
-    def tile(self) -> str:
-        """`rows x pixels` of the register tile."""
-        return f"{self.rows}x{self.vectors * self.lanes}"
+    def tile(self) -> tuple[int, int, int]:
+        """`rows`, `vectors`, `lanes`."""
+        return self.rows, self.vectors, self.lanes
+
+    @property
+    def shape(self) -> str:
+        """Rows x pixels (or columns) of the register tile, for people."""
+        return f"{self.rows}x{self.vectors * self.lanes}" if self.rows else ""
 
 
 @dataclass(frozen=True)
@@ -60,27 +65,22 @@ class Entry:
         """The fastest; among equals the one that the model prefers."""
         return self.candidates[0]
 
-    def best(self, kernel: str | None = None, other_than: str | None = None) -> Measured | None:
-        """The fastest candidate with that kernel, or with any but one."""
-        found = [c for c in self.candidates if kernel in (None, c.kernel) and c.kernel != other_than]
+    def best(self, wanted: Callable[[str], bool]) -> Measured | None:
+        """The fastest candidate with a wanted kernel."""
+        found = [c for c in self.candidates if wanted(c.kernel)]
         return min(found, key=lambda c: c.measured_us, default=None)
 
 
 class Choices(Protocol):
     """What lowering asks while it chooses."""
 
-    def conv(self, name: str, prices: ConvPrices) -> Entry | None:
-        """What was measured of the convolution at node `name`; None: choose by prediction."""
+    def find(self, name: str, prices: Prices) -> Entry | None:
+        """What was measured of the layer at node `name`; None: choose by prediction."""
 
 
-def conv_layer(prices: ConvPrices) -> dict[str, Any]:
-    """The facts a convolution is looked up by, as JSON."""
-    return json.loads(json.dumps({"op": "Conv", **dataclasses.asdict(prices.geometry), "stored": prices.stored}))
-
-
-def layer_key(layer: Mapping[str, Any]) -> str:
-    """A short digest of such facts."""
-    return hashlib.sha256(json.dumps(layer, sort_keys=True).encode()).hexdigest()[:24]
+def layer_key(facts: Mapping[str, Any]) -> str:
+    """A short digest of `Prices.facts`."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
 @cache
@@ -139,17 +139,15 @@ class Lookup:
     asked: int = 0
     found: int = 0
 
-    def conv(self, name: str, prices: ConvPrices) -> Entry | None:
+    def find(self, name: str, prices: Prices) -> Entry | None:
         """See `Choices`. Raises TuningError for a choice that this version does not have."""
-        entry = self.tuning.entries.get(layer_key(conv_layer(prices)))
+        entry = self.tuning.entries.get(layer_key(prices.facts))
         self.asked += 1
         if entry is None:
             return None
-        if prices.option(entry.choice.kernel, entry.choice.rows, entry.choice.vectors, entry.choice.lanes) is None:
-            problem = (
-                f"chooses {entry.choice.kernel} in tiles of {entry.choice.tile}, which this version does not offer"
-            )
-            raise TuningError(f"{problem} for {name}{_AGAIN}", self.tuning.path)
+        if prices.find(entry.choice.kernel, entry.choice.tile) is None:
+            what = f"{entry.choice.kernel} in tiles of {'x'.join(map(str, entry.choice.tile))}"
+            raise TuningError(f"chooses {what}, which this version does not offer for {name}{_AGAIN}", self.tuning.path)
         self.found += 1
         return entry
 
@@ -158,7 +156,7 @@ class Lookup:
         if self.found == self.asked:
             return ()
         rest = self.asked - self.found
-        return (f"tuning: {rest} of {self.asked} convolutions were not measured and are chosen by prediction",)
+        return (f"tuning: {rest} of {self.asked} layers were not measured and are chosen by prediction",)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -233,8 +231,8 @@ class _Checker:
         return value
 
     def size(self, value: object, key: str) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 4096:
-            raise self.fail(key, "an integer from 1 to 4096", value)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 4096:
+            raise self.fail(key, "an integer from 0 to 4096", value)
         return value
 
     def time(self, value: object, key: str) -> float:

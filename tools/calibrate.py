@@ -33,7 +33,8 @@ from sparsec.build import run_zig
 from sparsec.errors import RuntimeUnavailable, SparsecError
 from sparsec.kernels import conv
 from sparsec.kernels.base import Machine
-from sparsec.lowering.rules.convolution import ConvPrices, price_conv
+from sparsec.lowering.prices import Prices, Way
+from sparsec.lowering.rules.convolution import price_conv
 from sparsec.targets import Target, find_target, host_model, missing_features
 from sparsec.tuning import Entry, Measured
 
@@ -88,15 +89,13 @@ def cases() -> list[tuple[conv.Geometry, int, float]]:
     return found
 
 
-def candidates(prices: ConvPrices) -> list[tuner.Option]:
+def candidates(prices: Prices) -> list[Way]:
     """Of each format that comes near the cheapest: the tiling that the model prefers, and one that it does not."""
-    cheapest = min(ranked[0][0] for ranked in prices.ranked.values())
-    return [
-        (form, tiling, us)
-        for form, ranked in prices.ranked.items()
-        for us, tiling in dict.fromkeys((ranked[0], ranked[len(ranked) // 3]))
-        if us <= tuner.WITHIN * cheapest
-    ]
+    limit, found = tuner.WITHIN * prices.cheapest.predicted_us, []
+    for kernel in dict.fromkeys(way.kernel for way in prices.ways):
+        ranked = sorted((way for way in prices.ways if way.kernel == kernel), key=lambda way: way.predicted_us)
+        found += [way for way in dict.fromkeys((ranked[0], ranked[len(ranked) // 3])) if way.predicted_us <= limit]
+    return found
 
 
 def observe(target: Target, seconds: float, say: Callable[[str], None]) -> list[Observation]:
@@ -107,12 +106,12 @@ def observe(target: Target, seconds: float, say: Callable[[str], None]) -> list[
         w = weights(geometry, max(rows, 1), density, i)
         prices = price_conv(target.machine, geometry, w)
         say(f"{i + 1}/{len(grid)}: {geometry.w_shape} {rows}x1 {density:.0%}")
-        options = candidates(prices)
-        trials = tuner.make_trials(prices, target, options)
+        ways = candidates(prices)
+        trials = tuner.make_trials(prices, target, ways)
         measure.race(trials, seconds / len(grid), retire=math.inf)
-        for (form, tiling, _), trial in zip(options, trials, strict=True):
-            columns = conv.stored_columns(w, form, target.machine, geometry)[tiling.rows]
-            found.append(Observation(i, geometry, form, tiling, columns, trial.us))
+        for way, trial in zip(ways, trials, strict=True):
+            columns = conv.stored_columns(w, way.form, target.machine, geometry)[way.tiling.rows]
+            found.append(Observation(i, geometry, way.form, way.tiling, columns, trial.us))
     return found
 
 

@@ -20,7 +20,9 @@ import sparsec
 from sparsec import cli, measure, targets, tuner, tuning
 from sparsec.errors import CheckError, RuntimeUnavailable, TuningError, UsageError
 from sparsec.kernels import conv
-from sparsec.lowering.rules.convolution import ConvPrices, choose_conv, price_conv
+from sparsec.lowering.prices import Prices, Way, choose
+from sparsec.lowering.rules.convolution import price_conv
+from sparsec.lowering.rules.product import price_product
 from sparsec.targets import Target, find_target
 from sparsec.tuning import Entry, Lookup, Measured, Tuning
 
@@ -68,7 +70,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuner.Tuned:
     return tuner.tune(chain_model(), cache=tmp_path_factory.mktemp("tuning") / "chain.json")
 
 
-def prices_of(target: Target, w: np.ndarray, side: int = 6) -> ConvPrices:
+def prices_of(target: Target, w: np.ndarray, side: int = 6) -> Prices:
     geometry = conv.Geometry((1, w.shape[1], side, side), w.shape)
     return price_conv(target.machine, geometry, w)
 
@@ -104,7 +106,7 @@ def test_candidates_are_formats_and_tilings_with_dense_always(tuned: tuner.Tuned
     sparse, dense = (layer.entry.candidates for layer in tuned.layers)
     assert {"conv_f32_dense", "conv_f32_4x1"} <= {c.kernel for c in sparse}
     assert {c.kernel for c in dense} == {"conv_f32_dense"}
-    assert len({(c.kernel, c.tile, c.lanes) for c in sparse}) == len(sparse)
+    assert len({(c.kernel, c.tile) for c in sparse}) == len(sparse)
 
 
 def test_the_file_holds_what_was_returned(tuned: tuner.Tuned, host: Target) -> None:
@@ -119,7 +121,7 @@ def test_known_layers_are_not_measured_again(tuned: tuner.Tuned, monkeypatch: py
     def fail(*arguments: object) -> Entry:
         raise AssertionError("measured")
 
-    monkeypatch.setattr(tuner, "measure_conv", fail)
+    monkeypatch.setattr(tuner, "measure_layer", fail)
     second = tuner.tune(chain_model(), cache=tuned.path)
     assert [layer.entry for layer in second.layers] == [layer.entry for layer in tuned.layers]
     assert all(layer.reused for layer in second.layers)
@@ -128,15 +130,15 @@ def test_known_layers_are_not_measured_again(tuned: tuner.Tuned, monkeypatch: py
 
 
 def test_time_limit_leaves_layers_and_another_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = tuner.measure_conv
+    real = tuner.measure_layer
 
-    def slow(prices: ConvPrices, target: Target, seconds: float) -> Entry:
+    def slow(prices: Prices, target: Target, seconds: float) -> Entry:
         assert 0 < seconds <= 0.5
         entry = real(prices, target, 0.01)
         time.sleep(0.5)
         return entry
 
-    monkeypatch.setattr(tuner, "measure_conv", slow)
+    monkeypatch.setattr(tuner, "measure_layer", slow)
     path = tmp_path / "t.json"
     first = tuner.tune(chain_model(), cache=path, time_limit=0.5)
     assert len(first.layers) == 1
@@ -147,15 +149,15 @@ def test_time_limit_leaves_layers_and_another_run_goes_on(tmp_path: Path, monkey
 
 
 def test_what_was_measured_before_an_interrupt_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = tuner.measure_conv, []
+    real, calls = tuner.measure_layer, []
 
-    def stop(prices: ConvPrices, target: Target, seconds: float) -> Entry:
+    def stop(prices: Prices, target: Target, seconds: float) -> Entry:
         calls.append(prices)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return real(prices, target, 0.01)
 
-    monkeypatch.setattr(tuner, "measure_conv", stop)
+    monkeypatch.setattr(tuner, "measure_layer", stop)
     with pytest.raises(KeyboardInterrupt):
         tuner.tune(chain_model(), cache=tmp_path / "t.json")
     assert len(tuning.read_tuning(tmp_path / "t.json").entries) == 1
@@ -175,6 +177,53 @@ def test_strided_and_grouped_layers(tmp_path: Path) -> None:
     artifact = sparsec.compile(model, tuning=tmp_path / "t.json")
     assert artifact.manifest["parity"]["passed"]
     assert artifact.manifest["notes"] == []
+
+
+def test_products_are_measured_too(tmp_path: Path, host: Target) -> None:
+    w = pruned((32, 48, 1, 1), 0.25, 4, 1).reshape(32, 48)
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], "product")],
+        "g",
+        [value("x", TensorProto.FLOAT, [20, 48])],
+        [value("y", TensorProto.FLOAT, [20, 32])],
+        [numpy_helper.from_array(w.T.copy(), "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path = tmp_path / "t.json"
+    [layer] = tuner.tune(model, cache=path).layers
+    kernels = {c.kernel for c in layer.entry.candidates}
+    assert {"fc_f32_4x1", "gemm_f32_dense"} <= kernels
+    document = json.loads(path.read_text())
+    rows = document["layers"][tuning.layer_key(layer.entry.layer)]["candidates"]
+    cheapest = price_product(host.machine, 20, w).cheapest.kernel
+    rows.sort(key=lambda row: row["kernel"] == cheapest)  # another first
+    path.write_text(json.dumps(document))
+    artifact = sparsec.compile(model, tuning=path)
+    [row] = artifact.report["layers"]
+    assert row["kernel"].startswith(rows[0]["kernel"].removesuffix("_dense"))
+    assert row["reason"].startswith(f"measured {rows[0]['measured_us']:.1f} us")
+    assert artifact.manifest["parity"]["passed"]
+
+
+def test_the_shortlist_is_the_best_of_each_form_that_comes_near(host: Target) -> None:
+    def way(kernel: str, us: float) -> Way:
+        return Way(kernel, kernel != "dense", us, None)
+
+    priced = [
+        ("a", 1.0),
+        ("a", 4.0),
+        ("b", 2.0),
+        ("b", 2.5),
+        ("b", 2.1),
+        ("b", 2.2),
+        ("c", 3.1),
+        ("dense", 9.0),
+        ("dense", 8.0),
+    ]
+    prices = replace(prices_of(host, np.ones((4, 4, 1, 1), np.float32)), ways=tuple(way(*item) for item in priced))
+    found = [(w.kernel, w.predicted_us) for w in tuner.shortlist(prices)]
+    assert found == [("a", 1.0), ("b", 2.0), ("b", 2.1), ("b", 2.2), ("dense", 8.0)]
 
 
 def test_another_cpus_file_is_refused_and_left(tuned: tuner.Tuned, tmp_path: Path) -> None:
@@ -222,23 +271,21 @@ def test_time_limits_that_make_no_sense(limit: float, tmp_path: Path) -> None:
         tuner.tune(chain_model(), cache=tmp_path / "t.json", time_limit=limit)
 
 
-def test_a_kernel_that_computes_something_else_is_refused(host: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    prices, real = prices_of(host, pruned((16, 16, 1, 1), 0.25, 4, 1)), tuner.conv_calls
-
-    def wrong(target: Target, asked: ConvPrices, option: tuner.Option) -> Any:
-        bad = asked.w.copy()
-        bad[0, np.flatnonzero(bad[0])[0]] *= 1.01
-        return real(target, replace(asked, w=bad) if option[0].name == "conv_f32_2x1" else asked, option)
-
-    monkeypatch.setattr(tuner, "conv_calls", wrong)
+def test_a_kernel_that_computes_something_else_is_refused(host: Target) -> None:
+    good, bad = pruned((16, 16, 1, 1), 0.25, 4, 1), pruned((16, 16, 1, 1), 0.25, 4, 1)
+    bad[0, np.flatnonzero(bad[0])[0]] *= 1.01
+    right, wrong = prices_of(host, good), prices_of(host, bad)
+    prices = replace(right, calls=lambda way: (wrong if way.kernel == "conv_f32_2x1" else right).calls(way))
     with pytest.raises(CheckError, match="conv_f32_2x1"):
-        tuner.make_trials(prices, host, tuner.options(prices))
+        tuner.make_trials(prices, host, tuner.shortlist(prices))
 
 
 def test_only_code_that_runs_here_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    foreign = "cortex-a76" if find_target("host").arch == "x86_64" else "x86-64-v3"
-    with pytest.raises(RuntimeUnavailable, match="this CPU lacks"):
-        tuner.tune(chain_model(), cpu=foreign)
+    foreign = replace(find_target("host"), features=("unheard-of",))
+    with monkeypatch.context() as patch:
+        patch.setattr(tuner, "find_target", lambda *arguments: foreign)
+        with pytest.raises(RuntimeUnavailable, match="this CPU lacks unheard-of"):
+            tuner.tune(chain_model())
     with pytest.raises(UsageError, match="is for arm"):
         tuner.tune(pair_artifact("arm"))
     with pytest.raises(UsageError, match="the artifact is for"):
@@ -254,8 +301,7 @@ def test_only_code_that_runs_here_is_measured(monkeypatch: pytest.MonkeyPatch) -
          "Some CPU, family 6, model 85", "x86-64-v3", ["fma"]),
         ("Features: fp asimd asimddp\nCPU implementer: 0x41\nCPU part: 0xd05\nCPU part: 0xd0b\n",
          "implementer 0x41, part 0xd05 0xd0b", "cortex-a76", ["fp16"]),
-        ("Features: fp asimd\nCPU implementer: 0x41\nCPU part: 0xd03\n", "implementer 0x41, part 0xd03", "x86-64-v2",
-         ["x86_64"]),
+        ("Features: fp asimd\nCPU implementer: 0x41\nCPU part: 0xd03\n", "implementer 0x41, part 0xd03", "cortex-a53", []),
     ],
 )  # fmt: skip
 def test_what_a_cpu_is_called_and_lacks(
@@ -264,7 +310,9 @@ def test_what_a_cpu_is_called_and_lacks(
     monkeypatch.setattr(targets, "_cpuinfo", lambda: text.replace(":", "\t:").splitlines(keepends=True))
     monkeypatch.setattr(targets.platform, "machine", lambda: "x86_64" if "flags" in text else "aarch64")
     assert targets.host_model() == name
-    assert targets.missing_features(find_target("host", cpu)) == missing
+    target = find_target("host", cpu)
+    assert targets.missing_features(target) == missing
+    assert targets.missing_features(replace(target, arch="riscv64")) == ["riscv64"]
 
 
 # --- races ------------------------------------------------------------------------------------------------------------
@@ -314,7 +362,7 @@ def test_time_ends_a_race_after_three_rounds() -> None:
 def test_times_grow_with_the_work(host: Target) -> None:
     def us(channels: int) -> float:
         prices = prices_of(host, pruned((channels, channels, 1, 1), 1.0, 4, 1), side=14)
-        trials = tuner.make_trials(prices, host, tuner.options(prices)[:1])
+        trials = tuner.make_trials(prices, host, tuner.shortlist(prices)[:1])
         measure.race(trials, seconds=1)
         return min(trials[0].samples)
 
@@ -352,8 +400,8 @@ def test_equal_values_share_a_rank() -> None:
 
 
 def test_a_layer_is_known_by_geometry_and_structure(host: Target) -> None:
-    def key(prices: ConvPrices) -> str:
-        return tuning.layer_key(tuning.conv_layer(prices))
+    def key(prices: Prices) -> str:
+        return tuning.layer_key(prices.facts)
 
     w = pruned((16, 16, 1, 1), 0.25, 4, 1)
     same = key(prices_of(host, w))
@@ -368,12 +416,12 @@ def test_a_layer_is_known_by_geometry_and_structure(host: Target) -> None:
 def test_the_best_of_a_kernel() -> None:
     rows = [("conv_f32_dense", 3.0), ("conv_f32_4x1", 2.0), ("conv_f32_2x1", 1.0), ("conv_f32_dense", 2.5)]
     found = Entry({}, tuple(Measured(kernel, 4, 1, 16, 1.0, us) for kernel, us in rows))
-    dense, other = found.best("conv_f32_dense"), found.best(other_than="conv_f32_2x1")
+    dense, other = found.best("conv_f32_dense".__eq__), found.best("conv_f32_2x1".__ne__)
     assert dense is not None
     assert dense.measured_us == 2.5
     assert other is not None
     assert other.kernel == "conv_f32_4x1"
-    assert found.best("conv_f32_8x1") is None
+    assert found.best("conv_f32_8x1".__eq__) is None
 
 
 # --- compiling --------------------------------------------------------------------------------------------------------
@@ -381,9 +429,9 @@ def test_the_best_of_a_kernel() -> None:
 
 def test_a_choice_is_followed_against_the_prediction(tuned: tuner.Tuned, tmp_path: Path, host: Target) -> None:
     [one, _] = tuned.layers
-    free = choose_conv(prices_of(host, pruned((16, 16, 1, 1), 0.25, 4, 1)))
+    free, _, _ = choose(prices_of(host, pruned((16, 16, 1, 1), 0.25, 4, 1)))
     other = next(c for c in one.entry.candidates if c.kernel == "conv_f32_dense")
-    assert free[0].name != other.kernel
+    assert free.kernel != other.kernel
     path = plant(tuned, tmp_path / "t.json", kernel=other.kernel, rows=other.rows, vectors=other.vectors)
     artifact = sparsec.compile(chain_model(), tuning=path)
     layers = {row["name"]: row for row in artifact.report["layers"]}
@@ -416,7 +464,7 @@ def test_the_same_file_gives_the_same_bytes(tuned: tuner.Tuned, tmp_path: Path) 
 
 def test_layers_that_were_not_measured_are_said(tuned: tuner.Tuned) -> None:
     artifact = sparsec.compile(pair_model(), tuning=tuned.path)
-    assert artifact.manifest["notes"] == ["tuning: 2 of 2 convolutions were not measured and are chosen by prediction"]
+    assert artifact.manifest["notes"] == ["tuning: 3 of 3 layers were not measured and are chosen by prediction"]
     assert sparsec.compile(chain_model()).manifest["digests"]["tuning"] is None
 
 
@@ -432,12 +480,12 @@ def test_a_file_for_other_code_is_refused(tuned: tuner.Tuned, tmp_path: Path) ->
 def test_a_choice_that_does_not_exist_is_refused(tuned: tuner.Tuned, host: Target) -> None:
     prices = prices_of(host, pruned((16, 16, 1, 1), 0.25, 4, 1))
     good = Measured("conv_f32_4x1", 4, 1, host.machine.lanes, 1.0, 1.0)
-    assert prices.option(good.kernel, good.rows, good.vectors, good.lanes) is not None
+    assert prices.find(good.kernel, good.tile) is not None
     for bad in (replace(good, kernel="conv_f32_7x7"), replace(good, rows=8), replace(good, vectors=99)):
-        found = Entry(tuning.conv_layer(prices), (bad,))
+        found = Entry(prices.facts, (bad,))
         lookup = Lookup(Tuning("m", host.cpu, "k", {tuning.layer_key(found.layer): found}, "t.json"))
         with pytest.raises(TuningError, match="which this version does not offer for one"):
-            lookup.conv("one", prices)
+            lookup.find("one", prices)
 
 
 # --- the file is untrusted --------------------------------------------------------------------------------------------
@@ -484,7 +532,7 @@ DAMAGE = {
     "kernel": _change(*CANDIDATE, "kernel", value=3),
     "no kernel": _drop(*CANDIDATE, "kernel"),
     "more": _change(*CANDIDATE, "path", value="/"),
-    "rows": _change(*CANDIDATE, "rows", value=0),
+    "rows": _change(*CANDIDATE, "rows", value=-1),
     "vectors": _change(*CANDIDATE, "vectors", value=1.0),
     "lanes": _change(*CANDIDATE, "lanes", value=True),
     "many lanes": _change(*CANDIDATE, "lanes", value=1 << 40),

@@ -14,7 +14,7 @@ from sparsec.targets import find_target
 from tools import calibrate
 
 TARGET = find_target("host")
-START = replace(find_target("host", "x86-64-v4").machine, ghz=3.0)  # data: this machine need not be one
+START = replace(find_target("arm", "cortex-a76").machine, ghz=3.0)  # data: this machine need not be one
 
 
 def synthetic(machine: Machine, noise: float = 0.0) -> list[calibrate.Observation]:

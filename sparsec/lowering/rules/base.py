@@ -6,7 +6,7 @@ one clause), or with None where the operator is not its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,6 @@ from sparsec.program import Candidate, Layer
 from sparsec.tuning import Choices
 
 Emitter = Callable[[Calls], None]
-SPARSE_FROM = 0.05  # share of zeros from which sparse kernels are priced at all
 
 
 @dataclass(frozen=True)
@@ -46,16 +45,6 @@ def roofline_us(machine: Machine, flops: float, moved: float) -> float:
     """Time by arithmetic or by bytes from L2, whichever is longer; for kernels without a model of their own."""
     cycles = max(flops / (2 * machine.lanes * machine.fma), moved / machine.l2_bytes_per_cycle)
     return cycles / (machine.ghz * 1e3)
-
-
-def why(zeros: float, dense_us: float, sparse: Sequence[tuple[float, str]]) -> str:
-    """Why a form was chosen. `sparse`: (predicted us, name) of each sparse form that was priced."""
-    if not sparse:
-        return f"{100 * zeros:.1f}% zeros: below {100 * SPARSE_FROM:.0f}%, dense"
-    best, name = min(sparse)
-    if best < dense_us:
-        return f"predicted {best:.1f} us, dense {dense_us:.1f} us"
-    return f"below break-even: dense {dense_us:.1f} us, best sparse {name} {best:.1f} us"
 
 
 def dtype_of(value: ir.Value) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ from sparsec.kernels import conv, depthwise
 from sparsec.kernels.base import Machine
 from sparsec.lowering.calls import Calls
 from sparsec.lowering.match import Group, attribute, constant, dims, fuse
+from sparsec.lowering.prices import SPARSE_FROM, Bound, Prices, Way, choose
 from sparsec.lowering.rules.base import (
-    SPARSE_FROM,
     Context,
     Emitter,
     Taken,
@@ -22,12 +22,11 @@ from sparsec.lowering.rules.base import (
     emit_simple,
     node_names,
     roofline_us,
-    why,
 )
 from sparsec.lowering.rules.product import bind_product
-from sparsec.lowering.structure import Structure, detect_structure
-from sparsec.program import Candidate, Layer
-from sparsec.tuning import Choices, Entry
+from sparsec.lowering.structure import detect_structure
+from sparsec.program import Layer
+from sparsec.tuning import Choices
 
 
 def window_pads(
@@ -84,70 +83,31 @@ def _read_conv(node: ir.Node) -> _ConvNode | str:
     return _ConvNode(shape, w, bias, strides, pads, dilations, int(attribute(node, "group", 1)))
 
 
-@dataclass(frozen=True)
-class ConvPrices:
-    """What every way to run a convolution is predicted to cost. `w`: of one group, if there are several."""
-
-    geometry: conv.Geometry
-    w: np.ndarray
-    structure: Structure
-    ranked: dict[conv.Format, list[tuple[float, conv.Tiling]]]  # microseconds, cheapest first
-    stored: dict[str, int]  # percent of the columns that each sparse format stores
-
-    def option(self, kernel: str, rows: int, vectors: int, lanes: int) -> tuple[conv.Format, conv.Tiling, float] | None:
-        """The format, tiling and price so described, if it is among them."""
-        for form, ranked in self.ranked.items():
-            for us, tiling in ranked:
-                if (form.name, tiling.rows, tiling.vectors, tiling.lanes) == (kernel, rows, vectors, lanes):
-                    return form, tiling, us
-        return None
-
-
-def price_conv(machine: Machine, geometry: conv.Geometry, w: np.ndarray) -> ConvPrices:
-    """Price every format and tiling; sparse ones only if there are zeros to speak of."""
+def price_conv(machine: Machine, geometry: conv.Geometry, w: np.ndarray) -> Prices:
+    """Price every format and tiling; sparse ones only if there are zeros to speak of. `w`: of all groups."""
     structure = detect_structure(w)
     part = w[: geometry.w_shape[0]]
-    ranked, stored = {}, {}
+    ways: list[Way] = []
+    stored = {}
     for form in conv.TABLE:
         if form.sparse and structure.zeros < SPARSE_FROM:
             continue
         columns = conv.stored_columns(part, form, machine, geometry)
-        ranked[form] = conv.ranked_tilings(machine, geometry, form, columns)
+        ranked = conv.ranked_tilings(machine, geometry, form, columns)
+        ways += [Way(form.name, form.sparse, us, form, tiling) for us, tiling in ranked]
         if form.sparse:
             groups = -(-part.shape[0] // form.rows)
             stored[form.name] = round(100 * columns[form.rows] / (groups * geometry.taps))
-    return ConvPrices(geometry, part, structure, ranked, stored)
 
+    def calls(way: Way) -> Bound:
+        bias = np.zeros(geometry.w_shape[0], np.float32)
+        prepare, main = conv.bind(machine, geometry, part, form=way.form, bias=bias, tiling=way.tiling)
+        if prepare is None:
+            return [(main, {"x": "x", "y": "y"})]
+        return [(prepare, {"x": "x", "prepared": "prepared"}), (main, {"x": "prepared", "y": "y"})]
 
-def choose_conv(
-    prices: ConvPrices, measured: Entry | None = None
-) -> tuple[conv.Format, conv.Tiling, tuple[Candidate, ...], str]:
-    """The format and tiling measured fastest, else the cheapest predicted: (format, tiling, all candidates, reason)."""
-    best = {form: ranked[0] for form, ranked in prices.ranked.items()}
-    form = min(best, key=lambda f: best[f][0])
-    if measured is not None:
-        choice = measured.choice
-        found = prices.option(choice.kernel, choice.rows, choice.vectors, choice.lanes)
-        assert found is not None, choice
-        form = found[0]
-        best[form] = (found[2], found[1])
-    candidates = tuple(Candidate(f.name, round(us, 3)) for f, (us, _) in sorted(best.items(), key=lambda b: b[1][0]))
-    if measured is not None:
-        reason = _measured_reason(measured)
-    else:
-        sparse = [(us, f.name) for f, (us, _) in best.items() if f.sparse]
-        reason = why(prices.structure.zeros, best[conv.DENSE][0], sparse)
-    return form, best[form][1], candidates, reason
-
-
-def _measured_reason(entry: Entry) -> str:
-    choice = entry.choice
-    reason = f"measured {choice.measured_us:.1f} us"
-    if choice.kernel != conv.DENSE.name:
-        dense = entry.best(conv.DENSE.name)
-        return reason if dense is None else f"{reason}, dense measured {dense.measured_us:.1f} us"
-    sparse = entry.best(other_than=conv.DENSE.name)
-    return reason if sparse is None else f"{reason}, best sparse {sparse.kernel} measured {sparse.measured_us:.1f} us"
+    facts = {"op": "Conv", **{key: list(value) for key, value in asdict(geometry).items()}, "stored": stored}
+    return Prices(facts, part.reshape(part.shape[0], -1), structure, tuple(ways), calls)
 
 
 def take_conv(node: ir.Node, context: Context) -> Taken | str | None:
@@ -179,7 +139,7 @@ def take_conv(node: ir.Node, context: Context) -> Taken | str | None:
     if read.groups > 1 and (read.x_shape[0] != 1 or read.groups > 32):
         return f"{read.groups} groups"
     if read.groups == 1 and read.x_shape[2:] == read.w.shape[2:] and not any(read.pads):  # one pixel out: a product
-        return bind_product(group, machine, x, read.x_shape[0], read.w.reshape(read.w.shape[0], -1), read.bias)
+        return bind_product(group, context, x, read.x_shape[0], read.w.reshape(read.w.shape[0], -1), read.bias)
     return Taken(group, _emit_conv(group, read, machine, context.tuning))
 
 
@@ -194,20 +154,19 @@ def _emit_conv(group: Group, read: _ConvNode, machine: Machine, tuning: Choices 
         y = declare(calls, group.output)
         other = declare(calls, group.other) if group.other is not None else ""
         prices = price_conv(machine, geometry, read.w)
-        measured = tuning.conv(group.name, prices) if tuning is not None else None
-        form, tiling, candidates, reason = choose_conv(prices, measured)
-        stored, us, names = 0, 0.0, node_names(group)
+        way, candidates, reason = choose(prices, tuning.find(group.name, prices) if tuning is not None else None)
+        stored, names = 0, node_names(group)
         for i in range(g):
             rows = slice(i * part_shape[0], (i + 1) * part_shape[0])
             prepare, main = conv.bind(
                 machine,
                 geometry,
                 read.w[rows],
-                form=form,
+                form=way.form,
                 bias=None if read.bias is None else read.bias[rows],
                 activation=group.activation,
                 residual=group.residual,
-                tiling=tiling,
+                tiling=way.tiling,
             )
             suffix = f"/group{i}" if g > 1 else ""
             at_x = {"x": i * (c // g) * h * w * 4}
@@ -220,7 +179,6 @@ def _emit_conv(group: Group, read: _ConvNode, machine: Machine, tuning: Choices 
             bound = {"x": source, "y": y} | ({"residual": other} if other else {})
             calls.emit(main, bound, ("y",), names, group.name + suffix, at_x | at_y)
             stored += sum(array.nbytes for array in main.constants.values())
-        us = g * min(candidate.predicted_us for candidate in candidates if candidate.kernel == form.name)
         calls.layers.append(
             Layer(
                 group.name,
@@ -233,7 +191,7 @@ def _emit_conv(group: Group, read: _ConvNode, machine: Machine, tuning: Choices 
                 structure=str(prices.structure),
                 candidates=tuple(replace(k, predicted_us=k.predicted_us * g) for k in candidates),
                 bytes=stored,
-                predicted_us=us,
+                predicted_us=g * way.predicted_us,
                 nodes=names,
             )
         )

@@ -13,11 +13,11 @@ import numpy as np
 import onnx_ir as ir
 
 from sparsec.kernels import fc, gemm
-from sparsec.kernels.base import Machine
+from sparsec.kernels.base import KernelCall, Machine
 from sparsec.lowering.match import VIEWS, Group, attribute, constant, dims, fuse, only_consumer, scalar
-from sparsec.lowering.rules.base import SPARSE_FROM, Context, Taken, dtype_of, emit_simple, why
+from sparsec.lowering.prices import SPARSE_FROM, Bound, Prices, Way, choose
+from sparsec.lowering.rules.base import Context, Taken, dtype_of, emit_simple
 from sparsec.lowering.structure import detect_structure
-from sparsec.program import Candidate
 
 
 def take_gemm(node: ir.Node, context: Context) -> Taken | str | None:
@@ -50,28 +50,48 @@ def take_gemm(node: ir.Node, context: Context) -> Taken | str | None:
         assert added is not None
         bias = added.reshape(-1)
     m = int(np.prod(dims(x)[:-1], dtype=np.int64))
-    return bind_product(group, context.machine, x, m, np.ascontiguousarray(w, np.float32), bias)
+    return bind_product(group, context, x, m, np.ascontiguousarray(w, np.float32), bias)
 
 
-def bind_product(group: Group, machine: Machine, x: ir.Value, m: int, w: np.ndarray, bias: np.ndarray | None) -> Taken:
-    """x as [m, K] times the constant w [N, K] transposed, dense or in the cheapest stored form."""
-    structure = detect_structure(w[:, :, None, None])
-    cost = gemm.predict_us(machine, m, w.shape[1], w.shape[0])
-    priced: list[tuple[float, str, fc.Format | None]] = [(cost, gemm.TABLE[0].name, None)]
-    if structure.zeros >= SPARSE_FROM and fc.refusal(w.shape) is None:
-        priced += [(fc.predict_us(machine, m, fc.pack(w, form)), form.name, form) for form in fc.TABLE]
-    us, _, form = min(priced, key=lambda item: item[0])
-    options: Any = {"bias": bias, "activation": group.activation, "residual": group.residual}
-    if form is None:
-        call = gemm.bind(machine, m=m, w=w, **options)
-    else:
-        call = fc.bind(machine, m=m, w=w, form=form, **options)
+def bind_product(group: Group, context: Context, x: ir.Value, m: int, w: np.ndarray, bias: np.ndarray | None) -> Taken:
+    """x as [m, K] times the constant w [N, K] transposed, dense or in a stored form."""
+    machine = context.machine
+    prices = price_product(machine, m, w)
+    measured = context.tuning.find(group.name, prices) if context.tuning is not None else None
+    way, candidates, reason = choose(prices, measured)
+    call = _call(machine, m, w, way, bias=bias, activation=group.activation, residual=group.residual)
     inputs = {"x": x} | ({"residual": group.other} if group.other is not None else {})
-    candidates = tuple(Candidate(name, round(price, 3)) for price, name, _ in sorted(priced, key=lambda p: p[0]))
-    reason = why(structure.zeros, cost, [(price, name) for price, name, f in priced if f is not None])
+    structure = str(prices.structure)
+    us = way.predicted_us
     return Taken(
-        group, emit_simple(group, call, inputs, reason, us, weight=w, structure=str(structure), candidates=candidates)
+        group, emit_simple(group, call, inputs, reason, us, weight=w, structure=structure, candidates=candidates)
     )
+
+
+def price_product(machine: Machine, m: int, w: np.ndarray) -> Prices:
+    """Price x [m, K] times w [N, K] transposed: dense tilings, and stored forms if there are zeros to speak of."""
+    structure = detect_structure(w[:, :, None, None])
+    n, k = w.shape
+    dense = gemm.TABLE[0]
+    ways = [Way(dense.name, False, us, dense, tiling) for us, tiling in gemm.ranked_tilings(machine, m, k, n)]
+    stored = {}
+    if structure.zeros >= SPARSE_FROM and fc.refusal(w.shape) is None:
+        for form in fc.TABLE:
+            packed = fc.pack(w, form)
+            ways.append(Way(form.name, True, fc.predict_us(machine, m, packed), form))
+            stored[form.name] = round(100 * packed.blocks * packed.columns / ((len(packed.pointers) - 1) * k))
+
+    def calls(way: Way) -> Bound:
+        return [(_call(machine, m, w, way, bias=np.zeros(n, np.float32)), {"x": "x", "y": "y"})]
+
+    facts = {"op": "Gemm", "x_shape": [m, k], "w_shape": [n, k], "stored": stored}
+    return Prices(facts, w, structure, tuple(ways), calls)
+
+
+def _call(machine: Machine, m: int, w: np.ndarray, way: Way, **options: Any) -> KernelCall:
+    if way.sparse:
+        return fc.bind(machine, m=m, w=w, form=way.form, **options)
+    return gemm.bind(machine, m=m, w=w, tiling=way.tiling, **options)
 
 
 def take_matmul(node: ir.Node, context: Context) -> Taken | str | None:

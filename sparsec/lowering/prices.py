@@ -1,0 +1,97 @@
+"""What a layer's candidates cost, and which is taken: the one measured fastest, else the cheapest predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sparsec.kernels.base import KernelCall
+from sparsec.lowering.structure import Structure
+from sparsec.program import Candidate
+from sparsec.tuning import Entry
+
+SPARSE_FROM = 0.05  # share of zeros from which sparse kernels are priced at all
+
+Bound = list[tuple[KernelCall, dict[str, str]]]  # calls in order, each with the value that every role stands for
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run a layer and its price on one thread: a stored form, in tiles of `rows` x `vectors` vectors of `lanes`.
+
+    Sizes are 0 where the kernel chooses its own. `form`, `tiling`: what the kernel family takes.
+    """
+
+    kernel: str
+    sparse: bool
+    predicted_us: float
+    form: Any = field(repr=False)
+    tiling: Any = field(default=None, repr=False)
+
+    @property
+    def tile(self) -> tuple[int, int, int]:
+        """`rows`, `vectors`, `lanes`."""
+        return (0, 0, 0) if self.tiling is None else (self.tiling.rows, self.tiling.vectors, self.tiling.lanes)
+
+
+@dataclass(frozen=True)
+class Prices:
+    """All ways to run a layer. The layer alone: bias and epilogue, which all ways share, are not priced.
+
+    facts: JSON that layers have in common that run alike: "op", "x_shape", "w_shape" and "stored", the percent of columns
+    that each sparse form stores. weight: [outputs, products of one output]. calls: a way's calls from value "x" to "y".
+    """
+
+    facts: dict[str, Any]
+    weight: np.ndarray = field(repr=False)
+    structure: Structure
+    ways: tuple[Way, ...]
+    calls: Callable[[Way], Bound] = field(repr=False)
+
+    def find(self, kernel: str, tile: tuple[int, int, int]) -> Way | None:
+        """The way so described, if there is one."""
+        return next((way for way in self.ways if (way.kernel, way.tile) == (kernel, tile)), None)
+
+    @property
+    def cheapest(self) -> Way:
+        """The prediction's favourite."""
+        return min(self.ways, key=lambda way: way.predicted_us)
+
+
+def choose(prices: Prices, measured: Entry | None = None) -> tuple[Way, tuple[Candidate, ...], str]:
+    """What runs the layer, the best way of each kernel for the report, and the reason."""
+    best: dict[str, Way] = {}
+    for way in prices.ways:
+        if way.kernel not in best or way.predicted_us < best[way.kernel].predicted_us:
+            best[way.kernel] = way
+    chosen = prices.cheapest
+    if measured is not None:
+        found = prices.find(measured.choice.kernel, measured.choice.tile)
+        assert found is not None, measured.choice
+        chosen = best[found.kernel] = found
+    ranked = sorted(best.values(), key=lambda way: way.predicted_us)
+    candidates = tuple(Candidate(way.kernel, round(way.predicted_us, 3)) for way in ranked)
+    return chosen, candidates, _reason(prices, ranked) if measured is None else _measured_reason(prices, measured)
+
+
+def _reason(prices: Prices, ranked: list[Way]) -> str:
+    dense = next(way for way in ranked if not way.sparse)
+    best = next((way for way in ranked if way.sparse), None)
+    if best is None:
+        return f"{100 * prices.structure.zeros:.1f}% zeros: below {100 * SPARSE_FROM:.0f}%, dense"
+    if ranked[0].sparse:
+        return f"predicted {best.predicted_us:.1f} us, dense {dense.predicted_us:.1f} us"
+    return f"below break-even: dense {dense.predicted_us:.1f} us, best sparse {best.kernel} {best.predicted_us:.1f} us"
+
+
+def _measured_reason(prices: Prices, entry: Entry) -> str:
+    dense = {way.kernel for way in prices.ways if not way.sparse}
+    reason = f"measured {entry.choice.measured_us:.1f} us"
+    if entry.choice.kernel not in dense:
+        other = entry.best(lambda kernel: kernel in dense)
+        return reason if other is None else f"{reason}, dense measured {other.measured_us:.1f} us"
+    other = entry.best(lambda kernel: kernel not in dense)
+    return reason if other is None else f"{reason}, best sparse {other.kernel} measured {other.measured_us:.1f} us"
