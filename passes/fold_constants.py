@@ -27,6 +27,7 @@ import onnxruntime as ort
 from onnx_ir.passes import common
 
 from sparsec.errors import ModelError
+from sparsec.passes.windows import resolve_ceil_mode
 from sparsec.passes_api import Context, Pass, PassResult
 
 GROWTH_BYTES = 1 << 24  # a folded result may be this much larger than its inputs together
@@ -159,6 +160,9 @@ class _Walk:
         return node.attributes["then_branch" if condition.reshape(-1)[0] else "else_branch"].as_graph()
 
     def _infer(self, node: ir.Node) -> None:
+        shape = static_shape(node.inputs[0]) if node.inputs and node.inputs[0] is not None else None
+        if shape is not None:
+            self.typed += resolve_ceil_mode(node, shape)
         inputs = {x.name: x for x in node.inputs if x is not None}
         types = {name: _type_proto(x) for name, x in inputs.items()}
         if any(t is None for t in types.values()):

@@ -127,11 +127,11 @@ def compile_kernels(kernels: tuple[Kernel, ...], target: Target, path: Path) -> 
 
 
 def argument_bytes(kernel: Kernel) -> tuple[int, ...]:
-    """Bytes that each pointer of the kernel must have. One element may be none: TIR has no empty buffers."""
+    """Bytes of what each pointer of the kernel points to; one element where there is nothing: TIR has no empty buffers."""
     buffers = [param for param in kernel.func.params if tirx.is_buffer_var(param)]
     counts = [math.prod(int(extent) for extent in buffer.shape) for buffer in buffers]
     widths = [max(1, tvm.DataType(str(buffer.dtype)).bits // 8) for buffer in buffers]
-    return tuple(count * width if count > 1 else 0 for count, width in zip(counts, widths, strict=True))
+    return tuple(count * width for count, width in zip(counts, widths, strict=True))
 
 
 def same_code(a: Kernel, b: Kernel) -> bool:

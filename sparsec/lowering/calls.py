@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from sparsec.codegen import argument_bytes
 from sparsec.errors import CheckError
 from sparsec.kernels.base import KernelCall
 from sparsec.program import Kernel, Layer
@@ -91,6 +92,9 @@ class Calls:
         reads = tuple(name for role, name in bound.items() if role not in writes and name in self.values)
         written = tuple(bound[role] for role in writes)
         kernel = Kernel(call.name, call.func, call.text)
+        for role, size in zip(call.roles, argument_bytes(kernel), strict=True):
+            if role in writes and role not in offsets and size != self.size(bound[role]):
+                raise CheckError(f"{call.name} writes {size} bytes of {self.size(bound[role])}", bound[role])
         self.calls.append(Call(kernel, tuple(args), reads, written, call.tiles, call.scratch, nodes))
 
     def ref(self, name: str) -> Ref:

@@ -305,7 +305,7 @@ def test_living_values_never_overlap(nodes):
         source = names[reads[0] % len(names)]
         target = calls.value(f"v{i}", (size,), "float32")
         call = elementwise.bind_unary(TARGET.machine, size=1, activation=RELU)
-        calls.emit(call, {"x": source, "y": target}, ("y",), (f"n{i}",), f"n{i}")
+        calls.emit(call, {"x": source, "y": target}, ("y",), (f"n{i}",), f"n{i}", {"y": 0})
         names.append(target)
     program = plan("model", TARGET, calls, ["x"], [names[-1]])
     check(program)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from sparsec.kernels import pool
+from sparsec.kernels import planes, pool
 from sparsec.lowering.match import attribute, constant, dims, fuse
 from sparsec.lowering.rules.base import Context, Taken, dtype_of, emit_simple, roofline_us
 from sparsec.lowering.rules.convolution import window_pads
@@ -34,6 +34,9 @@ def take_pool(node: ir.Node, context: Context) -> Taken | str | None:
         strides, dilations, pads = (1, *strides), (1, *dilations), (0, pads[0], 0, pads[1])
     if refused := pool.refusal(shape, kernel):
         return refused
+    windows = planes.Window(shape[2], shape[3], kernel, strides, pads, dilations, bool(attribute(node, "ceil_mode", 0)))
+    if windows.shape != (1, *dims(node.outputs[0])[2:])[-2:]:
+        return f"it has {list(windows.shape)} windows, its output is {list(dims(node.outputs[0]))}"
     mode: Any = "max" if node.op_type == "MaxPool" else "average"
     group = fuse(node, context.taken, residual=False)
     call = pool.bind(
