@@ -21,7 +21,7 @@ from sparsec.program import ALIGNMENT, MAX_ARGS, SLACK, Kernel
 from sparsec.targets import Target
 
 BURST_SECONDS = 20e-6  # a sample repeats shorter calls until it takes about as long: the clock's error stays below 1%
-_IDLE_CALLS = 25  # calls over no tile; their least is the price of a call from Python
+_IDLE_CALLS = 9  # bursts of calls over no tile; their least is the price of calling from Python
 
 
 class Room:
@@ -98,7 +98,7 @@ class Trial:
             arguments = [*pointers, *[None] * (MAX_ARGS - len(pointers)), 0]
             self._runs.append((library.function(call.name), [*arguments, call.tiles]))
         idle = [(function, [*arguments[:-1], 0]) for function, arguments in self._runs]
-        self._overhead = min(self._time(idle) for _ in range(_IDLE_CALLS))
+        self._overhead = min(self._time(idle * self._repeats) for _ in range(_IDLE_CALLS)) / self._repeats
 
     def _place(self, call: KernelCall, role: str, param: Any, bound: Mapping[str, str]) -> Room:
         elements, dtype = int(np.prod([int(size) for size in param.shape])), str(param.dtype)

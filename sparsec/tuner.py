@@ -35,6 +35,7 @@ Progress = Callable[..., None]
 TILINGS = 3  # of each format, the best by prediction
 WITHIN = 3.0  # times the cheapest prediction: what costs more is not measured, but the best dense one always
 TIE = 0.01  # of the fastest time: within it the cost model's favourite is chosen, so that noise does not choose
+NAME = 40  # characters of a layer's name in the table
 LAYER_SECONDS = 5.0  # at most, without a limit
 
 
@@ -70,14 +71,17 @@ class Tuned:
 
 
 class _Recorder:
-    """Answers nothing and remembers every question."""
+    """Answers nothing and remembers every question; layers that run alike are one."""
 
     def __init__(self) -> None:
-        self.layers: dict[str, tuple[list[str], Prices]] = {}
+        self.layers: list[tuple[list[str], Prices]] = []
 
     def find(self, name: str, prices: Prices) -> Entry | None:
-        key = tuning.layer_key(prices.facts)
-        self.layers.setdefault(key, ([], prices))[0].append(name)
+        for names, known in self.layers:
+            if tuning.distance(known.facts, prices.facts) <= tuning.ALIKE:
+                names.append(name)
+                return None
+        self.layers.append(([name], prices))
         return None
 
 
@@ -110,28 +114,29 @@ def tune(
     say("lowering")
     recorder = _Recorder()
     lower(load_model(source, shapes, bind, notes), target, "model", recorder)
-    wanted = {key: found for key, found in recorder.layers.items() if again or key not in known.entries}
-    order = sorted(wanted, key=lambda key: -_cost(*wanted[key]))  # what costs most first, in case time runs out
+    wanted = [layer for layer in recorder.layers if again or known.nearest(layer[1].facts) is None]
+    wanted.sort(key=lambda layer: -len(layer[0]) * layer[1].cheapest.predicted_us)  # in case time runs out
     end = time.perf_counter() + time_limit if time_limit is not None else None
     skipped: list[str] = []
-    for i, key in enumerate(order):
-        names, prices = wanted[key]
+    for i, (names, prices) in enumerate(wanted):
         now = time.perf_counter()
         if end is not None and now >= end:
             skipped += names
             continue
-        say(f"measuring {names[0]}", i, len(order))
-        share = LAYER_SECONDS if end is None else min(LAYER_SECONDS, (end - now) / (len(order) - i))
-        known = replace(known, entries={**known.entries, key: measure_layer(prices, target, share)})
+        say(f"measuring {names[0]}", i, len(wanted))
+        share = LAYER_SECONDS if end is None else min(LAYER_SECONDS, (end - now) / (len(wanted) - i))
+        found = measure_layer(prices, target, share)
+        known = replace(known, entries={**known.entries, tuning.layer_key(prices.facts): found})
         known.write(path)
-    if not order:
+    if not wanted:
         known.write(path)
-    layers = tuple(
-        TunedLayer(tuple(names), known.entries[key], key not in wanted)
-        for key, (names, _) in recorder.layers.items()
-        if key in known.entries
-    )
-    return Tuned(path, known.model, known.cpu, layers, tuple(skipped))
+    measured = {names[0] for names, _ in wanted}
+    layers = [
+        TunedLayer(tuple(names), entry, names[0] not in measured)
+        for names, prices in recorder.layers
+        if names[0] not in skipped and (entry := known.nearest(prices.facts)) is not None
+    ]
+    return Tuned(path, known.model, known.cpu, tuple(layers), tuple(skipped))
 
 
 def default_path(target: Target) -> Path:
@@ -169,10 +174,6 @@ def _known(path: Path, target: Target, notes: list[str]) -> Tuning:
         notes.append(f"{path}: was measured with other kernels; starting afresh")
         return fresh
     return old
-
-
-def _cost(names: Sequence[str], prices: Prices) -> float:
-    return len(names) * prices.cheapest.predicted_us
 
 
 # --- one layer --------------------------------------------------------------------------------------------------------
@@ -289,11 +290,12 @@ def print_tuned(result: Tuned, console: Console, verbose: bool = False) -> None:
     table = Table(title=escape(f"{result.model} as {result.cpu}, one thread"), title_justify="left")
     for column in ("layer", "x", "weight", "candidate", "tile", "predicted us", "measured us", "ratio", ""):
         right = column in ("predicted us", "measured us", "ratio")
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
+        table.add_column(column, justify="right" if right else "left", no_wrap=True)
     for layer in result.layers:
         more = f" (+{len(layer.names) - 1})" if len(layer.names) > 1 else ""
         shapes = ("x".join(map(str, layer.entry.layer[key])) for key in ("x_shape", "w_shape"))
-        head = [layer.names[0] + more, *shapes]
+        name = layer.names[0]
+        head = [(name if len(name) <= NAME else f"{name[: NAME - 3]}...") + more, *shapes]
         seen: set[str] = set()
         for row in layer.entry.candidates:
             if row.kernel in seen and not verbose:

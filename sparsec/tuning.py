@@ -1,7 +1,7 @@
 """Measured choices: a JSON file that says, for layers of one CPU, which kernel was fastest. `sparsec tune` writes it.
 
-A layer is its geometry and how much of it each format stores, in percent: layers that agree in that run alike, whatever
-their weights. The file holds for one CPU and for the kernels of one version. It is untrusted input: its form is checked
+A layer is its geometry and how much of it each format stores: layers that (nearly) agree in that run alike, whatever their
+weights. The file holds for one CPU and for the kernels of one version. It is untrusted input: its form is checked
 when it is read, and a choice must be one that lowering would consider itself.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ _MAX_BYTES = 64 << 20
 _MAX_LAYERS = 100_000
 _MAX_CANDIDATES = 1000
 _AGAIN = "; run `sparsec tune` again"
+ALIKE = 1.08  # ratio up to which two layers' stored columns count as the same
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,17 @@ def layer_key(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
+def distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
+    """The largest ratio between what two layers store in any one form; infinite if they differ in anything else."""
+    first, second = a.get("stored"), b.get("stored")
+    if not isinstance(first, dict) or not isinstance(second, dict) or first.keys() != second.keys():
+        return math.inf
+    if any(a.get(key) != b.get(key) for key in (a.keys() | b.keys()) - {"stored"}):
+        return math.inf
+    pairs = [(max(first[key], 1), max(second[key], 1)) for key in first]
+    return max((max(x / y, y / x) for x, y in pairs), default=1.0)
+
+
 @cache
 def kernels_version() -> str:
     """Digest of the kernels' source and the code generator's version: what else decides how fast a choice runs."""
@@ -103,6 +116,14 @@ class Tuning:
     entries: dict[str, Entry] = field(default_factory=dict)
     path: str = ""
     digest: str = ""  # sha256 of the file
+
+    def nearest(self, facts: Mapping[str, Any]) -> Entry | None:
+        """What was measured of a layer like this, the most similar one."""
+        exact = self.entries.get(layer_key(facts))
+        if exact is not None:
+            return exact
+        near = min(self.entries.values(), key=lambda entry: distance(entry.layer, facts), default=None)
+        return near if near is not None and distance(near.layer, facts) <= ALIKE else None
 
     def document(self) -> dict[str, Any]:
         """The file as JSON."""
@@ -141,7 +162,7 @@ class Lookup:
 
     def find(self, name: str, prices: Prices) -> Entry | None:
         """See `Choices`. Raises TuningError for a choice that this version does not have."""
-        entry = self.tuning.entries.get(layer_key(prices.facts))
+        entry = self.tuning.nearest(prices.facts)
         self.asked += 1
         if entry is None:
             return None
@@ -194,6 +215,10 @@ def _entry(c: _Checker, key: str, value: object) -> Entry:
     layer, rows = table["layer"], table["candidates"]
     if not isinstance(layer, dict) or layer_key(layer) != key:
         raise c.fail(f"{where}.layer", "the facts that the key is the digest of", layer)
+    if not isinstance(layer.get("stored"), dict):
+        raise c.fail(f"{where}.layer.stored", "an object of percents", layer.get("stored"))
+    for name, percent in layer["stored"].items():
+        c.size(percent, f"{where}.layer.stored.{c.shown(name)}")
     if not isinstance(rows, list) or not 1 <= len(rows) <= _MAX_CANDIDATES:
         raise c.fail(f"{where}.candidates", f"a list of 1 to {_MAX_CANDIDATES}", rows)
     names = {f.name for f in dataclasses.fields(Measured)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
 from samples import pair_artifact, pair_model
 
 import sparsec
@@ -115,6 +117,13 @@ def test_the_file_holds_what_was_returned(tuned: tuner.Tuned, host: Target) -> N
     for layer in tuned.layers:
         assert read.entries[tuning.layer_key(layer.entry.layer)] == layer.entry
     read.check_for(host.cpu)
+
+
+def test_a_long_name_is_cut_in_the_table(tuned: tuner.Tuned) -> None:
+    one = replace(tuned.layers[0], names=("x" * 99, "y"))
+    console = Console(width=200, file=io.StringIO())
+    tuner.print_tuned(replace(tuned, layers=(one,)), console)
+    assert f"{'x' * 37}... (+1)" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_known_layers_are_not_measured_again(tuned: tuner.Tuned, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,17 +409,43 @@ def test_equal_values_share_a_rank() -> None:
 
 
 def test_a_layer_is_known_by_geometry_and_structure(host: Target) -> None:
-    def key(prices: Prices) -> str:
-        return tuning.layer_key(prices.facts)
-
     w = pruned((16, 16, 1, 1), 0.25, 4, 1)
-    same = key(prices_of(host, w))
-    assert key(prices_of(host, w * 3)) == same
-    assert key(prices_of(host, w[:, ::-1].copy())) == same
-    assert key(prices_of(host, w, side=7)) != same
-    assert key(prices_of(host, pruned((16, 16, 1, 1), 0.5, 4, 1))) != same
-    assert key(prices_of(host, pruned((16, 16, 1, 1), 0.25, 1, 1))) != same
-    assert key(prices_of(host, np.ones_like(w))) != same
+    facts = prices_of(host, w).facts
+    assert prices_of(host, w * 3).facts == facts
+    assert prices_of(host, w[:, ::-1].copy()).facts == facts
+    for other in (
+        prices_of(host, w, side=7),
+        prices_of(host, pruned((16, 16, 1, 1), 0.5, 4, 1)),
+        prices_of(host, pruned((16, 16, 1, 1), 0.25, 1, 1)),
+        prices_of(host, np.ones_like(w)),
+    ):
+        assert tuning.distance(other.facts, facts) > tuning.ALIKE
+        assert tuning.layer_key(other.facts) != tuning.layer_key(facts)
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [({"a": 50, "b": 20}, 1.0), ({"a": 55, "b": 21}, 1.1), ({"a": 50, "b": 10}, 2.0), ({"a": 50}, float("inf")), (3, float("inf"))],
+)  # fmt: skip
+def test_distance_is_the_largest_ratio(stored: Any, expected: float) -> None:
+    facts = {"op": "Conv", "x_shape": [1], "stored": {"a": 50, "b": 20}}
+    other = {**facts, "stored": stored}
+    assert tuning.distance(facts, other) == pytest.approx(expected)
+    assert tuning.distance(other, facts) == pytest.approx(expected)
+    assert tuning.distance({**facts, "x_shape": [2]}, other) == float("inf")
+    assert tuning.distance({"op": "Conv", "stored": {"a": 0}}, {"op": "Conv", "stored": {"a": 1}}) == 1.0
+
+
+def test_the_most_similar_measured_layer_speaks_for_another() -> None:
+    def found(percent: int) -> Entry:
+        return replace(entry((1, percent)), layer={"op": "Conv", "stored": {"a": percent}})
+
+    known = [found(50), found(54), found(80)]
+    held = Tuning("m", "c", "k", {tuning.layer_key(e.layer): e for e in known})
+    for percent, expected in ((50, 50), (51, 50), (53, 54), (58, 54), (60, None), (76, 80), (90, None)):
+        answer = held.nearest({"op": "Conv", "stored": {"a": percent}})
+        assert (answer and answer.layer["stored"]["a"]) == expected
+    assert held.nearest({"op": "Gemm", "stored": {"a": 50}}) is None
 
 
 def test_the_best_of_a_kernel() -> None:
@@ -511,6 +546,17 @@ def _drop(*where: Any) -> Any:
     return change
 
 
+def _layer(**facts: Any) -> Any:
+    """Another layer, under its right key."""
+
+    def change(document: dict[str, Any]) -> None:
+        layer = {"op": "Conv", **facts}
+        rows = next(iter(document["layers"].values()))["candidates"]
+        document["layers"][tuning.layer_key(layer)] = {"layer": layer, "candidates": rows}
+
+    return change
+
+
 CANDIDATE = ("layers", "first", "candidates", 0)
 DAMAGE = {
     "schema": _change("schema", value=2),
@@ -525,6 +571,10 @@ DAMAGE = {
     "layer": _change("layers", "abc", value=1),
     "key": _change("layers", "abc\x1b[31m", value={"layer": {}, "candidates": []}),
     "facts": _change("layers", "first", "layer", "op", value="Gemm"),
+    "stored": _layer(stored=[1]),
+    "no stored": _layer(),
+    "percent": _layer(stored={"conv_f32_4x1": -1}),
+    "percent text": _layer(stored={"conv_f32_4x1": "25"}),
     "no facts": _drop("layers", "first", "layer"),
     "no candidates": _change("layers", "first", "candidates", value=[]),
     "candidates": _change("layers", "first", "candidates", value="x"),
