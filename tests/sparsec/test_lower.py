@@ -8,7 +8,12 @@ import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from networks import networks
+from operators import operators
 from programs import agree, parse, routes
+
+from sparsec.runtimes.base import machine_arch
+from sparsec.runtimes.emulated import find_emulator
+from sparsec.targets import find_target
 
 # Text of a graph, share of zeros, and the routes of its layers.
 GRAPHS: dict[str, tuple[str, float, dict[str, str]]] = {
@@ -277,10 +282,14 @@ def graph(text: str, zeros: float = 0.0) -> onnx.ModelProto:
     return parse(head + (f" <{', '.join(lines)}>" if lines else "") + brace + body, zeros)
 
 
+TARGETS = [find_target("host"), *([find_target("arm")] if machine_arch() != "aarch64" and find_emulator() else [])]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 @pytest.mark.parametrize("name", GRAPHS)
-def test_rule(name):
+def test_rule(name, target):
     text, zeros, expected = GRAPHS[name]
-    program = agree(graph(text, zeros))
+    program = agree(graph(text, zeros), target)
     found = routes(program)
     assert {op: found.get(op) for op in expected} == expected
 
@@ -289,3 +298,17 @@ def test_rule(name):
 @given(networks())
 def test_random_networks(model):
     agree(model)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(operators())
+def test_random_operators(model):
+    agree(model)
+
+
+@pytest.mark.parametrize("target", TARGETS[1:], ids=lambda target: target.name)
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@given(model=networks(), others=operators())
+def test_random_models_on_arm(target, model, others):
+    agree(model, target)
+    agree(others, target)
