@@ -1,15 +1,16 @@
 """Runs kernels alone: compile with `sparsec.codegen`, link with the C compiler, call through ctypes.
 
 Shared by the tests of kernels and of the generic route. Every buffer gets only what the runtime promises
-(`sparsec.program`): it starts one element behind a 64-byte boundary, as a part of a Concat may, and has readable slack
-behind it, filled with NaN bytes, of which a kernel must write none. Tiles run in uneven ranges, last range first, so that
-a kernel whose tiles depend on each other fails.
+(`sparsec.program`): it is aligned to its elements, as a part of a Concat is, and has readable slack behind it, filled with
+NaN bytes, of which a kernel must write none; behind the slack nothing may be read. Tiles run in uneven ranges, last range
+first, so that a kernel whose tiles depend on each other fails.
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
+import mmap
 import shutil
 import subprocess
 import sys
@@ -23,21 +24,38 @@ import numpy as np
 from emulation import Emulation, Place
 
 from sparsec.codegen import compile_kernels
-from sparsec.program import ALIGNMENT, MAX_ARGS, SLACK, Kernel
+from sparsec.program import MAX_ARGS, SLACK, Kernel
 from sparsec.runtimes.base import machine_arch
 from sparsec.targets import Target, find_target
 
 _FILL = 0xFF  # NaN as float32, -1 as integer
+_LIBC = ctypes.CDLL(None)
+
+
+def _guarded(size: int) -> np.ndarray:
+    """At least `size` bytes between two pages that must not be touched."""
+    page = mmap.PAGESIZE
+    inside = -(-size // page) * page
+    memory = np.frombuffer(mmap.mmap(-1, inside + 2 * page), np.uint8)
+    for guard in (0, page + inside):
+        status = _LIBC.mprotect(ctypes.c_void_p(memory.ctypes.data + guard), ctypes.c_size_t(page), 0)
+        assert status == 0
+    memory = memory[page : page + inside]
+    memory[...] = _FILL
+    return memory
 
 
 class Room:
-    """One buffer as the runtime may place it: aligned to its elements only, SLACK bytes behind it."""
+    """One buffer as the runtime may place it: aligned to its elements only, and SLACK bytes behind it.
 
-    def __init__(self, array: np.ndarray) -> None:
+    Reading past the slack, or in front of the buffer where it is `first` in its memory, ends the process.
+    """
+
+    def __init__(self, array: np.ndarray, first: bool = False) -> None:
         array = np.asarray(array)
-        self.memory = np.full(array.nbytes + SLACK + 2 * ALIGNMENT, _FILL, np.uint8)
-        self.start = -self.memory.ctypes.data % ALIGNMENT + array.itemsize
         self.size = array.nbytes
+        self.memory = _guarded(self.size + SLACK)
+        self.start = 0 if first else self.memory.size - SLACK - self.size
         self.array = self.memory[self.start : self.start + self.size].view(array.dtype).reshape(array.shape)
         self.array[...] = array
 

@@ -19,11 +19,11 @@ class Layer:
         self.call, self.expected, self.tolerance = call, expected, tolerance
         self.activations = activations
 
-    def rooms(self) -> list[Room]:
-        """One buffer for each role; outputs and scratch start as NaN."""
+    def rooms(self, first: bool = False) -> list[Room]:
+        """One buffer for each role; outputs and scratch start as NaN. `first`: nothing can be read in front of them."""
         arrays = {**self.activations, **self.call.constants, "y": np.full(self.expected.shape, np.nan, np.float32)}
         arrays["scratch"] = np.full(self.call.scratch // 4, np.nan, np.float32)
-        return [Room(arrays[role]) for role in self.call.roles]
+        return [Room(arrays[role], first) for role in self.call.roles]
 
 
 def _tiles(library: Library, name: str, rooms: Sequence[Room], begin: int, end: int) -> None:
@@ -47,6 +47,8 @@ def check_layers(layers: Sequence[Layer], target: Target) -> None:
         for role, room in zip(call.roles, rooms, strict=True):
             room.check(f"{call.text}, {role}")
         whole = y.array.copy()
+        rooms = layer.rooms(first=True)
+        y = rooms[call.roles.index("y")]
         y.array[...] = 12345.0
         _tiles(library, call.name, rooms, call.tiles // 2, call.tiles // 2 + 1)
         first = y.array.copy()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
+
 import numpy as np
 import pytest
-from harness import ranges, run_kernel
+from harness import Room, ranges, run_kernel
 from tvm.script import tirx as T
 
 
@@ -44,6 +48,21 @@ def test_notices_a_write_behind_the_buffer():
     run_kernel(overrun, [np.zeros(8, np.float32)], 8)
     with pytest.raises(AssertionError, match="written behind the buffer"):
         run_kernel(overrun, [np.zeros(8, np.float32)], 9)
+
+
+def test_reading_behind_the_slack_ends_the_process():
+    """Done to a child; the last byte of the slack is still readable."""
+    child = os.fork()
+    if child == 0:
+        room = Room(np.zeros(8, np.float32))
+        last = room.memory.ctypes.data + room.memory.size - 1
+        code = 3 if ctypes.string_at(last, 1) == b"\xff" else 4
+        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+        os.close(2)
+        if code == 3:
+            ctypes.string_at(last + 1, 1)
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGSEGV
 
 
 def test_dependent_tiles_give_another_result():
