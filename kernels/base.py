@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+
+CHAIN = 128  # terms of a float16 sum: without this limit 512 terms cost 2 % less and err twice as much
 
 
 @dataclass(frozen=True)
 class Machine:
     """The facts about a CPU that kernels and the cost model need; a subset of a target.
 
-    `lanes`: float32 lanes of a vector register. `registers`: architectural vector registers. `fma`, `loads`, `uops`:
-    sustained per cycle, for full vectors. `lane_fma`: FMA takes one lane of a register as multiplier (Arm), so that
-    weights are loaded as vectors instead of broadcast. `group_cycles`: start and end of a register tile. `row_cycles`:
-    start of one row's copy into the panel.
+    `lanes`: lanes of `element`, float32 or float16, in a vector register. `registers`: architectural vector registers.
+    `fma`, `loads`, `uops`: sustained per cycle, for full vectors. `lane_fma`: FMA takes one lane of a register as
+    multiplier (Arm), so that weights are loaded as vectors instead of broadcast. `group_cycles`: start and end of a
+    register tile. `row_cycles`: start of one row's copy into the panel.
     """
 
     lanes: int
@@ -31,6 +33,37 @@ class Machine:
     lane_fma: bool
     group_cycles: float = 10.0
     row_cycles: float = 2.0
+    element: str = "float32"
+
+    def half(self) -> Machine:
+        """The machine computing in float16: twice the lanes."""
+        return replace(self, lanes=2 * self.lanes, element="float16")
+
+    def single(self) -> Machine:
+        """The machine computing in float32."""
+        return self if self.element == "float32" else replace(self, lanes=self.lanes // 2, element="float32")
+
+    @property
+    def item(self) -> int:
+        """Bytes of an element."""
+        return 2 if self.element == "float16" else 4
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of a vector register."""
+        return self.lanes * self.item
+
+    def chain(self, terms: int) -> int:
+        """How many of a sum's `terms` may follow each other before it is set aside; 0: all of them."""
+        return CHAIN if self.element == "float16" and 2 * terms > 3 * CHAIN else 0
+
+    def named(self, text: str) -> str:
+        """A name of the kernel tables, all float32, for this element: `conv_f32_4x1` is `conv_f16_4x1` in float16."""
+        return text.replace("_f32", "_f16") if self.element == "float16" else text
+
+    def array(self, values: np.ndarray) -> np.ndarray:
+        """Weights rounded to `element`."""
+        return np.ascontiguousarray(values, self.element)
 
 
 @dataclass(frozen=True)
@@ -49,3 +82,13 @@ class KernelCall:
     tiles: int
     scratch: int = 0
     text: str = ""
+
+
+def roofline_us(machine: Machine, flops: float, moved: float) -> float:
+    """Time by arithmetic or by bytes from L2, whichever is longer; for kernels without a model of their own.
+
+    `moved`: bytes if elements are float32.
+    """
+    moved *= machine.item / 4
+    cycles = max(flops / (2 * machine.lanes * machine.fma), moved / machine.l2_bytes_per_cycle)
+    return cycles / (machine.ghz * 1e3)

@@ -142,12 +142,16 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How one layer is cut: `rows` output channels x `vectors` vectors of pixels a register tile."""
+    """How one layer is cut: `rows` output channels x `vectors` vectors of pixels a register tile.
+
+    `narrow`: lanes that a last, narrower vector of several pixels has at least.
+    """
 
     rows: int
     vectors: int
     lanes: int
     pixels: int
+    narrow: int = 4
 
     @property
     def width(self) -> int:
@@ -175,7 +179,7 @@ class Tiling:
         rest = pixels % self.lanes
         if rest:
             parts.append(
-                (pixels - rest, min(self.lanes, max(4, 1 << (rest - 1).bit_length())) if rest > 1 else 1, rest)
+                (pixels - rest, min(self.lanes, max(self.narrow, 1 << (rest - 1).bit_length())) if rest > 1 else 1, rest)
             )
         return tuple(parts)
 
@@ -297,13 +301,15 @@ def tile_cycles(
     machine: Machine, rows: int, parts: tuple[tuple[int, int, int], ...], indexed: bool, panel_bytes: int
 ) -> float:
     """Cycles for one stored column of a register tile: FMA, load, issue and L2 bounds; the largest wins."""
-    shares = [max(lanes / machine.lanes, 0.5 if machine.lanes == 16 else 1.0) for _, lanes, _ in parts]
+    shares = [max(lanes / machine.lanes, 0.5 if machine.vector_bytes == 64 else 1.0) for _, lanes, _ in parts]
     fmas = rows * sum(shares) / machine.fma
     weights = -(-rows // 4) if machine.lane_fma else rows / 2
     loads = (sum(shares) + weights + indexed) / machine.loads
     issue = (rows * len(parts) + len(parts) + weights + 2 * indexed + 1) / machine.uops
     from_l2 = (
-        4 * sum(lanes for _, lanes, _ in parts) / machine.l2_bytes_per_cycle if panel_bytes > machine.l1_bytes else 0.0
+        machine.item * sum(lanes for _, lanes, _ in parts) / machine.l2_bytes_per_cycle
+        if panel_bytes > machine.l1_bytes
+        else 0.0
     )
     return max(fmas, loads, issue, from_l2)
 
@@ -318,7 +324,7 @@ def predict_us(machine: Machine, geometry: Geometry, tiling: Tiling, columns: fl
         if not count:
             continue
         parts = tiling.shape_of(pixels)
-        compute = columns * tile_cycles(machine, tiling.rows, parts, indexed, int(4 * live * tiling.width))
+        compute = columns * tile_cycles(machine, tiling.rows, parts, indexed, int(machine.item * live * tiling.width))
         # Start, epilogue and store of each register tile; copying the panel.
         overhead = groups * (machine.group_cycles + 2.0 * tiling.rows * len(parts) / machine.loads)
         copies = len(parts) if geometry.pointwise else len(parts) + -(-pixels // geometry.y_shape[3])
@@ -332,7 +338,7 @@ def predict_us(machine: Machine, geometry: Geometry, tiling: Tiling, columns: fl
 def max_vectors(machine: Machine, rows: int) -> int:
     """Most pixel vectors a register tile of `rows` rows can hold: accumulators, one activation, weights."""
     weights = -(-rows // 4) if machine.lane_fma else 1
-    spare = machine.registers - weights - (0 if machine.lanes == 16 else 1)
+    spare = machine.registers - weights - (0 if machine.vector_bytes == 64 else 1)
     return max(1, min(12, (spare - 1) // rows if rows > 1 else (spare - 2) // 2))
 
 
@@ -343,11 +349,13 @@ def tilings(machine: Machine, geometry: Geometry, form: Format) -> list[Tiling]:
     lanes = machine.lanes
     while lanes > 4 and pixels < lanes:
         lanes //= 2
+    # Where vectors of 16 and of 8 bytes took the same weight, LLVM would spread it over a register of its own.
+    narrow = lanes if machine.lane_fma else 4
     found = []
     for rows in heights:
         widest = max_vectors(machine, rows)
         for vectors in range(1, min(widest, -(-pixels // lanes)) + 1):
-            found.append(Tiling(rows, vectors, lanes, pixels))
+            found.append(Tiling(rows, vectors, lanes, pixels, narrow))
     return found
 
 
@@ -404,20 +412,21 @@ def bind(
         tiling, _ = best_tiling(machine, geometry, form, stored_columns(w, form, machine, geometry))
     packed = pack(w, form, tiling.rows)
     main = _convolution(machine, geometry, packed, bias, activation, residual, tiling)
-    return (_prepare(geometry) if geometry.needs_prepare else None), main
+    return (_prepare(machine, geometry) if geometry.needs_prepare else None), main
 
 
 def _name(stem: str, *facts: Any) -> str:
     return f"{stem}_{hashlib.sha256(repr(facts).encode()).hexdigest()[:10]}"
 
 
-def _prepare(geometry: Geometry) -> KernelCall:
+def _prepare(machine: Machine, geometry: Geometry) -> KernelCall:
     """Copy x into phase planes: prepared[n, c, f, q, r] = x[n, c, q * sh + row(f) - top, r * sw + column(f) - left]."""
     n, c, h, w = geometry.x_shape
     count, rows, columns = geometry.phase_shape
     (sh, sw), (top, left, _, _) = geometry.strides, geometry.pads
 
     def body(x: Any, prepared: Any, begin: Any, end: Any) -> None:
+        zero = emit.constant(0, element=machine.element)
         with T.serial(begin, end) as plane:
             for number, (row, column) in enumerate(geometry.phases):
                 # Columns r with 0 <= r * sw + column - left < w; the others are halo.
@@ -428,25 +437,25 @@ def _prepare(geometry: Geometry) -> KernelCall:
                 out = (plane * count + number) * rows * columns
                 if top_rows:
                     with T.serial(0, top_rows * columns) as i:
-                        T.buffer_store(prepared, T.float32(0), [out + i])
+                        T.buffer_store(prepared, zero, [out + i])
                 with T.serial(top_rows, end_rows) as q:
                     source = (plane * h + q * sh + (row - top)) * w + (column - left)
                     if first:
                         with T.serial(0, first) as r:
-                            T.buffer_store(prepared, T.float32(0), [out + q * columns + r])
+                            T.buffer_store(prepared, zero, [out + q * columns + r])
                     with T.serial(first, last) as r:
                         T.buffer_store(prepared, x[source + r * sw], [out + q * columns + r])
                     if last < columns:
                         with T.serial(last, columns) as r:
-                            T.buffer_store(prepared, T.float32(0), [out + q * columns + r])
+                            T.buffer_store(prepared, zero, [out + q * columns + r])
                 if end_rows < rows:
                     with T.serial(end_rows * columns, rows * columns) as i:
-                        T.buffer_store(prepared, T.float32(0), [out + i])
+                        T.buffer_store(prepared, zero, [out + i])
 
     size = int(np.prod(geometry.prepared_shape))
-    func = emit.function([("x", n * c * h * w, "float32"), ("prepared", size, "float32")], body)
+    func = emit.function([("x", n * c * h * w, machine.element), ("prepared", size, machine.element)], body)
     text = f"pad and split {c}x{h}x{w} into {count} phase planes {rows}x{columns}"
-    return KernelCall(_name("conv_prepare_f32", geometry), func, ("x", "prepared"), {}, n * c, 0, text)
+    return KernelCall(_name(machine.named("conv_prepare_f32"), geometry), func, ("x", "prepared"), {}, n * c, 0, text)
 
 
 def _segments(geometry: Geometry, tiling: Tiling, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -485,7 +494,7 @@ def _convolution(
     tiling: Tiling,
 ) -> KernelCall:
     n, oc, _, out_width = geometry.y_shape
-    pixels, width = tiling.pixels, tiling.width
+    element, pixels, width = machine.element, tiling.pixels, tiling.width
     image = int(np.prod(geometry.prepared_shape[1:]))
     depth = int(packed.live.size)
     full_groups, rest_rows = divmod(oc, packed.rows)
@@ -499,7 +508,10 @@ def _convolution(
     area = packed.rows * packed.columns if packed.sparse else 2
     unroll = max(1, min(4, 8 // area)) if machine.lane_fma else 1  # LLVM unrolls by itself for x86 but not for Arm
 
-    constants: dict[str, np.ndarray] = {"values": packed.values}
+    longest = int(np.diff(packed.pointers).max()) * packed.columns if packed.sparse else depth
+    chain = machine.chain(longest) // packed.columns  # in blocks
+
+    constants: dict[str, np.ndarray] = {"values": machine.array(packed.values)}
     # One int32 array: block pointers, taps, copy pointers, copies; each where it is needed.
     tables: list[np.ndarray] = []
     if packed.sparse:
@@ -515,13 +527,13 @@ def _convolution(
     pointer_base = tap_base + depth
     copy_base = pointer_base + tiling.count + 1
     if bias is not None:
-        constants["bias"] = bias.astype(np.float32)
+        constants["bias"] = machine.array(bias)
 
     roles = ["x", "y"] + (["residual"] if residual != "none" else []) + list(constants) + ["scratch"]
     y_size = n * oc * pixels
     sizes: dict[str, tuple[int, str]] = {
-        "x": (n * image, "float32"), "y": (y_size, "float32"), "residual": (y_size, "float32"),
-        "scratch": (max(depth, 1) * width + length, "float32"),
+        "x": (n * image, element), "y": (y_size, element), "residual": (y_size, element),
+        "scratch": (max(depth, 1) * width + length, element),
     }  # fmt: skip
     sizes.update({role: (array.size, str(array.dtype)) for role, array in constants.items()})
 
@@ -546,21 +558,10 @@ def _convolution(
 
         def group(first_row: Any, lo: Any, hi: Any, values_at: Any, rows: int, out: Any, parts: Any) -> None:
             """Rows first_row .. first_row + rows of one tile; stored blocks lo .. hi, their values from `values_at`."""
-            count = len(parts)
-            by_lanes = sorted({lanes for _, lanes, _ in parts})
-            acc = {lanes: emit.registers(rows * sum(p[1] == lanes for p in parts), lanes) for lanes in by_lanes}
-            slot: dict[tuple[int, int], tuple[Any, int]] = {}
-            filled = dict.fromkeys(by_lanes, 0)
-            for p in range(count):
-                for r in range(rows):
-                    lanes = parts[p][1]
-                    slot[r, p] = (acc[lanes], filled[lanes])
-                    filled[lanes] += 1
-            for r in range(rows):
-                initial = buffers["bias"][first_row + r] if bias is not None else T.float32(0)
-                for p, (_, lanes, _) in enumerate(parts):
-                    register, i = slot[r, p]
-                    T.buffer_store(register, emit.splat(initial, lanes), [i])
+            acc = emit.Accumulators(rows, [lanes for _, lanes, _ in parts], element)
+            zero = emit.constant(0, element=element)
+            initial = [buffers["bias"][first_row + r] if bias is not None else zero for r in range(rows)]
+            acc.fill(lambda r, p: emit.splat(initial[r], parts[p][1]))
 
             def columns(panel_at: list[Any], weights_at: Any) -> None:
                 """Multiply-adds of some columns, whose values lie one behind the other."""
@@ -569,37 +570,26 @@ def _convolution(
                     for p, (at, lanes, _) in enumerate(parts):
                         activations = emit.load(panel, start + at, lanes)
                         for r in range(rows):
-                            register, i = slot[r, p]
-                            T.buffer_store(register, register[i] + weight(c * rows + r, lanes) * activations, [i])
+                            acc.set(r, p, acc.get(r, p) + weight(c * rows + r, lanes) * activations)
 
-            def rounds(count: Any, first: Any, size: int) -> None:
-                """`count` rounds of `size` stored blocks (columns of dense weights), from block `first` of the group on."""
-                with T.serial(0, count) as b:
-                    at = first + b * size
-                    if not packed.sparse:
-                        columns([(at + u) * width for u in range(size)], values_at + at * rows)
-                        return
-                    starts = [T.bind(T.cast(buffers["index"][lo + at + u], "int32") * width) for u in range(size)]
-                    every = [start + c * width for start in starts for c in range(packed.columns)]
-                    columns(every, values_at + at * (packed.columns * rows))
+            def blocks(first: Any, size: int) -> None:
+                """Stored blocks (columns of dense weights) first .. first + size of the group."""
+                if not packed.sparse:
+                    columns([(first + u) * width for u in range(size)], values_at + first * rows)
+                    return
+                starts = [T.bind(T.cast(buffers["index"][lo + first + u], "int32") * width) for u in range(size)]
+                every = [start + c * width for start in starts for c in range(packed.columns)]
+                columns(every, values_at + first * (packed.columns * rows))
 
-            total = hi - lo if packed.sparse else depth
-            if unroll == 1:
-                rounds(total, 0, 1)
-            elif packed.sparse:
-                whole = T.bind(total // unroll)
-                rounds(whole, 0, unroll)
-                rounds(total - whole * unroll, whole * unroll, 1)
-            else:
-                rounds(total // unroll, 0, unroll)
-                if total % unroll:
-                    rounds(1, total // unroll * unroll, total % unroll)
+            emit.in_chains(
+                acc, hi - lo if packed.sparse else depth, chain,
+                lambda first, count: emit.in_rounds(count, unroll, lambda at, size: blocks(first + at, size)),
+            )  # fmt: skip
             for r in range(rows):
                 for p, (at, lanes, valid) in enumerate(parts):
-                    register, i = slot[r, p]
                     where = out + (first_row + r) * pixels + at
                     other = emit.load(buffers["residual"], where, lanes) if residual != "none" else None
-                    emit.store(y, where, finish(register[i], activation, residual, other), lanes, valid)
+                    emit.store(y, where, finish(acc.get(r, p), activation, residual, other), lanes, valid)
 
         def rows_of(chunk: Any, out: Any, parts: Any) -> None:
             if full_groups:
@@ -677,13 +667,15 @@ def _convolution(
         residual,
         live_shape,
         rest,
+        chain,
+        machine.element,
         machine.lanes,
         machine.lane_fma,
     )
     what = "x".join(map(str, geometry.w_shape[2:]))
     text = f"{what} convolution, {form}, tile {packed.rows} rows x {tiling.vectors} vectors of {tiling.lanes}"
-    stem = f"conv{what}_f32_{form}_{packed.rows}r{width}px"
-    scratch = -(-(max(depth, 1) * width + length) * 4 // 64) * 64
+    stem = machine.named(f"conv{what}_f32") + f"_{form}_{packed.rows}r{width}px"
+    scratch = -(-(max(depth, 1) * width + length) * machine.item // 64) * 64
     return KernelCall(_name(stem, facts), func, tuple(roles), constants, n * tiling.count * chunks, scratch, text)
 
 

@@ -143,14 +143,14 @@ def bind(
                 sweep, x, T.bind(source * in_plane), y, T.bind(plane * out_plane), t % sweep.bands, reduction
             )
 
-    packed = pack(w, bias)
+    packed = machine.array(pack(w, bias))
     roles = ("x", "y", "residual", "weights") if residual != "none" else ("x", "y", "weights")
     sizes = {"x": n * channels * in_plane, "y": n * out_channels * out_plane, "weights": packed.size}
     sizes["residual"] = sizes["y"]
-    func = emit.function([(role, sizes[role], "float32") for role in roles], body)
+    func = emit.function([(role, sizes[role], machine.element) for role in roles], body)
     facts = (x_shape, w.shape, strides, pads, dilations, activation, residual, machine)
     kernel = f"{w.shape[2]}x{w.shape[3]}s{strides[0]}{strides[1]}"
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:10]
     text = f"depthwise {kernel} on {channels}x{height}x{width}, {activation.name}, residual {residual}"
     tiles = n * out_channels * sweep.bands
-    return KernelCall(f"depthwise_f32_{kernel}_{digest}", func, roles, {"weights": packed}, tiles, 0, text)
+    return KernelCall(f"{machine.named('depthwise_f32')}_{kernel}_{digest}", func, roles, {"weights": packed}, tiles, 0, text)

@@ -5,6 +5,7 @@
     row      y[r, p] = act(a[r, p] op b[p])            b one vector for all rows: a bias over the last axis
     scalar   y[i] = act(a[i] op b[0])
     unary    y[i] = act(a[i])
+    cast     y[i] = a[i] in another floating-point type
 
 op is add, sub, mul or div; `swapped` exchanges its sides. A tile is a few thousand consecutive elements, or some rows.
 """
@@ -134,11 +135,11 @@ def bind(
 
     in_rows = kind in ("channel", "row")
     tiles = -(-rows // per_tile) if in_rows else -(-size // TILE)
-    arguments = [("a", size, "float32"), ("b", count, "float32"), ("y", size, "float32")]
+    arguments = [("a", size, machine.element), ("b", count, machine.element), ("y", size, machine.element)]
     func = emit.function(arguments, by_rows if in_rows else flat)
     facts = (op, size, kind, count, inner, activation, swapped, machine)
     text = f"{op} of {list(a_shape)} and {list(b_shape)}{' swapped' if swapped else ''}, {activation.name}"
-    return KernelCall(_name(f"{op}_f32_{kind}", facts), func, ("a", "b", "y"), {}, tiles, 0, text)
+    return KernelCall(_name(machine.named(f"{op}_f32_{kind}"), facts), func, ("a", "b", "y"), {}, tiles, 0, text)
 
 
 def bind_unary(machine: Machine, *, size: int, activation: Activation) -> KernelCall:
@@ -147,9 +148,20 @@ def bind_unary(machine: Machine, *, size: int, activation: Activation) -> Kernel
     def body(x: Any, y: Any, begin: Any, end: Any) -> None:
         _runs(machine, y, size, begin, end, lambda at, lanes: activate(activation, emit.load(x, at, lanes)))
 
-    func = emit.function([("x", size, "float32"), ("y", size, "float32")], body)
-    name = _name(f"{activation.name}_f32", (size, activation, machine))
+    func = emit.function([("x", size, machine.element), ("y", size, machine.element)], body)
+    name = _name(machine.named(f"{activation.name}_f32"), (size, activation, machine))
     return KernelCall(name, func, ("x", "y"), {}, -(-size // TILE), 0, f"{activation.name} of {size} elements")
+
+
+def bind_cast(machine: Machine, *, size: int, source: str, target: str) -> KernelCall:
+    """The call for `size` elements of type `source` rounded to type `target`. Roles (x, y). Tiles: runs of 4,096 elements."""
+
+    def body(x: Any, y: Any, begin: Any, end: Any) -> None:
+        _runs(machine, y, size, begin, end, lambda at, lanes: emit.convert(emit.load(x, at, lanes), target))
+
+    func = emit.function([("x", size, source), ("y", size, target)], body)
+    name = _name(f"cast_{source}_{target}", (size, machine))
+    return KernelCall(name, func, ("x", "y"), {}, -(-size // TILE), 0, f"{size} elements from {source} to {target}")
 
 
 def _runs(machine: Machine, y: Any, size: int, begin: Any, end: Any, one: Callable[[Any, int], Any]) -> None:

@@ -6,12 +6,16 @@ is; LLVM keeps a local buffer of vectors with constant indices in registers. Ord
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
+
+HALF_MAX = 65504.0  # the largest float16
 
 
 def function(arguments: list[tuple[str, int, str]], body: Callable[..., None]) -> Any:
@@ -24,14 +28,27 @@ def function(arguments: list[tuple[str, int, str]], body: Callable[..., None]) -
     return builder.get()
 
 
-def vector_type(lanes: int) -> str:
+def vector_type(lanes: int, element: str = "float32") -> str:
     """`float32x8`, or `float32` for one lane."""
-    return "float32" if lanes == 1 else f"float32x{lanes}"
+    return element if lanes == 1 else f"{element}x{lanes}"
 
 
-def registers(count: int, lanes: int) -> Any:
-    """`count` float32 vectors of `lanes`, to be indexed with constants only."""
-    return T.alloc_buffer((count,), vector_type(lanes), scope="local")
+def registers(count: int, lanes: int, element: str = "float32") -> Any:
+    """`count` vectors of `lanes`, to be indexed with constants only."""
+    return T.alloc_buffer((count,), vector_type(lanes, element), scope="local")
+
+
+def constant(value: float, lanes: int = 1, element: str = "float32") -> Any:
+    """`value` in every lane; beyond float16's range it is infinite there."""
+    if element == "float16" and abs(value) > HALF_MAX:
+        value = math.copysign(math.inf, value)
+    return splat(tirx.const(value, element), lanes)
+
+
+def convert(value: Any, element: str) -> Any:
+    """`value` with its lanes as `element`, rounded to nearest."""
+    dtype = vector_type(lanes_of(value), element)
+    return value if dtype_of(value) == dtype else T.Cast(dtype, value)
 
 
 def splat(value: Any, lanes: int) -> Any:
@@ -47,6 +64,11 @@ def at(start: Any, lanes: int) -> Any:
 def load(buffer: Any, start: Any, lanes: int) -> Any:
     """`lanes` consecutive elements from `start`; no alignment needed."""
     return buffer[at(start, lanes)]
+
+
+def load_float(buffer: Any, start: Any, lanes: int) -> Any:
+    """`lanes` consecutive elements as float32."""
+    return convert(load(buffer, start, lanes), "float32")
 
 
 def store(buffer: Any, start: Any, value: Any, lanes: int, valid: int | None = None) -> None:
@@ -77,6 +99,11 @@ def lanes_of(value: Any) -> int:
     return int(dtype_of(value).partition("x")[2] or 1)
 
 
+def element_bytes(buffer: Any) -> int:
+    """Bytes of a buffer's element."""
+    return np.dtype(str(buffer.dtype)).itemsize
+
+
 class Scalars:
     """`count` consecutive elements of a buffer as factors of multiply-adds.
 
@@ -86,7 +113,7 @@ class Scalars:
     def __init__(self, buffer: Any, start: Any, count: int, by_lanes: bool) -> None:
         self.buffer, self.start = buffer, start
         self._lanes: list[tuple[Any, int]] = []  # vector and lane of each element
-        size = np.dtype(str(buffer.dtype)).itemsize
+        size = element_bytes(buffer)
         for width in (16 // size, 8 // size):
             while by_lanes and count - len(self._lanes) >= width:
                 vector = load(buffer, start + len(self._lanes), width)
@@ -97,3 +124,61 @@ class Scalars:
         if index < len(self._lanes):
             return lane(*self._lanes[index], width)
         return splat(self.buffer[self.start + index], width)
+
+
+class Accumulators:
+    """Sums in registers: `rows` x len(widths) vectors, of possibly different widths."""
+
+    def __init__(self, rows: int, widths: Sequence[int], element: str) -> None:
+        self.rows, self.widths, self.element = rows, tuple(widths), element
+        self._registers = {w: registers(rows * self.widths.count(w), w, element) for w in sorted(set(widths))}
+
+    def _slot(self, r: int, p: int) -> int:
+        return self.rows * self.widths[:p].count(self.widths[p]) + r
+
+    def get(self, r: int, p: int) -> Any:
+        """The value of one accumulator."""
+        return self._registers[self.widths[p]][self._slot(r, p)]
+
+    def set(self, r: int, p: int, value: Any) -> None:
+        """Replace one accumulator."""
+        T.buffer_store(self._registers[self.widths[p]], value, [self._slot(r, p)])
+
+    def fill(self, value: Callable[[int, int], Any]) -> None:
+        """Replace every accumulator by `value(r, p)`."""
+        for p in range(len(self.widths)):
+            for r in range(self.rows):
+                self.set(r, p, value(r, p))
+
+
+def in_rounds(count: Any, size: int, one: Callable[[Any, int], None]) -> None:
+    """Loop over `count` terms: `one(first, size)` where whole rounds are left, then what remains."""
+    whole = count // size
+    if size > 1 and not isinstance(count, int):
+        whole = T.bind(whole)
+    with T.serial(0, whole) as i:
+        one(i * size, size)
+    if isinstance(count, int):
+        if count % size:
+            one(count - count % size, count % size)
+    elif size > 1:
+        with T.serial(0, count - whole * size) as i:
+            one(whole * size + i, 1)
+
+
+def in_chains(sums: Accumulators, count: Any, limit: int, body: Callable[[Any, Any], None]) -> None:
+    """`body(first, count)` adds terms to `sums`; no more than `limit` follow each other in one sum, if that is not 0.
+
+    The error of a sum grows with the root of its length; in float16 long ones are made of short ones.
+    """
+    if not limit:
+        body(0, count)
+        return
+    before = Accumulators(sums.rows, sums.widths, sums.element)
+    before.fill(sums.get)
+    with T.serial(0, (count + limit - 1) // limit) as i:
+        sums.fill(lambda r, p: constant(0, sums.widths[p], sums.element))
+        even = isinstance(count, int) and count % limit == 0
+        body(i * limit, limit if even else T.min(limit, count - i * limit))
+        before.fill(lambda r, p: before.get(r, p) + sums.get(r, p))
+    sums.fill(before.get)

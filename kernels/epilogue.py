@@ -1,4 +1,4 @@
-"""What follows an accumulator before it is stored: bias, residual, activation. Float32, scalar or vector expressions.
+"""What follows an accumulator before it is stored: bias, residual, activation. Scalar or vector expressions.
 
     y = act(acc + bias)                residual "none"
     y = act(acc + bias + residual)     residual "before"
@@ -7,7 +7,8 @@
 Everything is arithmetic that stays in vector registers: libm calls would be made lane by lane. exp follows Cephes:
 x = n ln2 + r, |r| <= ln2 / 2, exp(x) = 2^n P(r), with 2^n in two halves so that results reach zero and infinity.
 tanh and erf take a polynomial near zero and exp beyond; both sides are computed and one is selected.
-NaN passes through every activation. All of it is written for `emit` code on scalar or vector values: inside a
+Float16 values are computed on as they are where it is plain arithmetic; exp, tanh and erf take them in float32 and round
+once. NaN passes through every activation. All of it is written for `emit` code on scalar or vector values: inside a
 `T.vectorized` loop a kept value would be one scalar for all lanes.
 """
 
@@ -21,6 +22,9 @@ from typing import Any, Literal
 import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
+
+from sparsec.kernels import emit
+from sparsec.kernels.emit import dtype_of, lanes_of
 
 Kind = Literal[
     "none", "relu", "clip", "leaky_relu", "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "gelu_tanh", "tanh"
@@ -65,10 +69,12 @@ RELU6 = Activation("clip", 0.0, 6.0)
 
 
 def activate(activation: Activation, x: Any) -> Any:
-    """The TIR expression `activation(x)` of a float32 expression of any number of lanes; emits statements before it."""
+    """The TIR expression `activation(x)` of an expression of any number of lanes; emits statements before it."""
     if activation.kind == "none":
         return x
-    return _FUNCTIONS[activation.kind](keep(x), activation)
+    if activation.kind in _PLAIN:
+        return _FUNCTIONS[activation.kind](keep(x), activation)
+    return emit.convert(_FUNCTIONS[activation.kind](keep(emit.convert(x, "float32")), activation), _element(x))
 
 
 def finish(value: Any, activation: Activation, residual: Residual = "none", other: Any = None) -> Any:
@@ -127,7 +133,7 @@ def keep(value: Any) -> Any:
     """
     if isinstance(value, tirx.FloatImm):
         return value
-    cell = T.alloc_buffer((1,), str(_dtype(value)), scope="local")
+    cell = T.alloc_buffer((1,), dtype_of(value), scope="local")
     T.buffer_store(cell, value, [0])
     return cell[0]
 
@@ -229,6 +235,7 @@ def _gelu_tanh(x: Any) -> Any:
     return _f(0.5, x) * x * (_f(1, x) + _tanh(inner))
 
 
+_PLAIN = ("relu", "clip", "leaky_relu", "hardsigmoid", "hardswish")  # computed in the type of x
 _FUNCTIONS: dict[str, Callable[[Any, Activation], Any]] = {
     "relu": lambda x, _: tirx.Select(x < _f(0, x), _f(0, x), x),
     "clip": lambda x, a: _clamp(x, a.alpha, a.beta),
@@ -243,29 +250,17 @@ _FUNCTIONS: dict[str, Callable[[Any, Activation], Any]] = {
 }
 
 
-def lanes_of(x: Any) -> int:
-    """Lanes of an expression."""
-    _, _, lanes = str(_dtype(x)).partition("x")
-    return int(lanes or 1)
-
-
-def _dtype(x: Any) -> Any:
-    return x.ty.dtype if hasattr(x.ty, "dtype") else x.dtype
+def _element(x: Any) -> str:
+    return dtype_of(x).partition("x")[0]
 
 
 def _like(x: Any, scalar: str) -> str:
-    lanes = lanes_of(x)
-    return scalar if lanes == 1 else f"{scalar}x{lanes}"
+    return emit.vector_type(lanes_of(x), scalar)
 
 
 def _f(value: float, x: Any) -> Any:
-    return _constant(value, x, "float32")
+    return emit.constant(value, lanes_of(x), _element(x))
 
 
 def _i(value: int, x: Any) -> Any:
-    return _constant(value, x, "int32")
-
-
-def _constant(value: float, x: Any, dtype: str) -> Any:
-    scalar, lanes = tirx.const(value, dtype), lanes_of(x)
-    return scalar if lanes == 1 else tirx.Broadcast(scalar, lanes)
+    return emit.splat(tirx.const(value, "int32"), lanes_of(x))

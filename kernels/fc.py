@@ -26,7 +26,7 @@ from tvm.tirx.script.builder import ir as T
 from sparsec.kernels import emit
 from sparsec.kernels.base import KernelCall, Machine
 from sparsec.kernels.epilogue import NONE, Activation, Residual, activate, finish
-from sparsec.kernels.gemm import Accumulators, Part, parts_of, transpose_panel
+from sparsec.kernels.gemm import Part, parts_of, transpose_panel
 
 CHAINS = 4  # blocks in flight when x has few rows: covers the multiply-add's latency
 FEW = 4  # rows of x from which panels pay
@@ -131,7 +131,7 @@ def predict_us(machine: Machine, m: int, packed: Packed) -> float:
     else:
         parts = row_parts(machine, m, rows)
         tiles = m / (parts[-1].at + parts[-1].valid)
-        share = sum(max(p.lanes / machine.lanes, 0.5 if machine.lanes == 16 else 1.0) for p in parts)
+        share = sum(max(p.lanes / machine.lanes, 0.5 if machine.vector_bytes == 64 else 1.0) for p in parts)
         weights = rows / 4 if machine.lane_fma else rows / 2
         column = max(
             rows * share / machine.fma,
@@ -173,10 +173,10 @@ def bind(
     padded_bias[:n] = 0 if bias is None else bias
     constants = {
         # An empty array has no address; one zero stands for it.
-        "values": packed.values.reshape(-1) if packed.blocks else np.zeros(1, np.float32),
+        "values": machine.array(packed.values.reshape(-1) if packed.blocks else np.zeros(1)),
         "index": packed.index if packed.blocks else np.zeros(1, np.uint16),
         "tables": packed.pointers,
-        "bias": padded_bias,
+        "bias": machine.array(padded_bias),
     }
     few = m < FEW
     parts = () if few else row_parts(machine, m, packed.rows)
@@ -185,12 +185,12 @@ def bind(
     row_tiles = m if few else -(-m // step)
     chunk = max(1, min(groups, -(-groups * row_tiles // 16)))  # row groups a tile
     chunks = -(-groups // chunk)
-    scratch = 4 * k * pitch
+    scratch = machine.item * k * pitch
 
     sizes = {"x": m * k, "y": m * n, "residual": m * n, "scratch": k * pitch}
     roles = ["x", "y", *(["residual"] if residual != "none" else []), *constants, *([] if few else ["scratch"])]
     arguments = [
-        (role, constants[role].size, str(constants[role].dtype)) if role in constants else (role, sizes[role], "float32")
+        (role, constants[role].size, str(constants[role].dtype)) if role in constants else (role, sizes[role], machine.element)
         for role in roles
     ]
 
@@ -235,8 +235,9 @@ def bind(
                         tile(parts_of(rest, machine.lanes), rest)
 
     func = emit.function(arguments, body)
-    facts = (m, n, k, packed.blocks, packed.rows, packed.columns, activation, residual, machine)
-    name = f"{form.name}_{hashlib.sha256(repr(facts).encode()).hexdigest()[:10]}"
+    longest = int(np.diff(packed.pointers).max()) * packed.columns
+    facts = (m, n, k, packed.blocks, machine.chain(longest), packed.rows, packed.columns, activation, residual, machine)
+    name = f"{machine.named(form.name)}_{hashlib.sha256(repr(facts).encode()).hexdigest()[:10]}"
     text = f"{m}x{k} times {k}x{n}, {form.format} blocks, {packed.blocks} stored, {activation.name}, residual {residual}"
     return KernelCall(name, func, tuple(roles), constants, row_tiles * chunks, scratch, text)
 
@@ -268,11 +269,11 @@ class _Layer:
         rows, width = self.packed.rows, self.packed.columns
         values, index, x = self.buffers["values"], self.buffers["index"], self.buffers["x"]
         parts = parts_of(rows, self.machine.lanes)
-        acc = [emit.registers(CHAINS, part.lanes) for part in parts]
+        acc = [emit.registers(CHAINS, part.lanes, self.machine.element) for part in parts]
         for p, part in enumerate(parts):
             T.buffer_store(acc[p], emit.load(self.buffers["bias"], g * rows + part.at, part.lanes), [0])
             for chain in range(1, CHAINS):
-                T.buffer_store(acc[p], emit.splat(T.float32(0), part.lanes), [chain])
+                T.buffer_store(acc[p], emit.constant(0, part.lanes, self.machine.element), [chain])
         low = T.bind(self.buffers["tables"][g])
         count = T.bind(self.buffers["tables"][g + 1] - low)
 
@@ -301,25 +302,29 @@ class _Layer:
         """A panel of x rows, one group: R outputs by vectors of rows; `live` of the R outputs exist."""
         rows, width = self.packed.rows, self.packed.columns
         values, panel = self.buffers["values"], self.buffers["scratch"]
-        acc = Accumulators(rows, parts)
+        acc = emit.Accumulators(rows, [part.lanes for part in parts], self.machine.element)
         for p, part in enumerate(parts):
             for r in range(rows):
                 acc.set(r, p, emit.splat(self.buffers["bias"][g * rows + r], part.lanes))
         low = T.bind(self.buffers["tables"][g])
-        by_quads = self.machine.lane_fma and rows % 4 == 0
-        with T.serial(low, self.buffers["tables"][g + 1]) as b:
+        count = T.bind(self.buffers["tables"][g + 1] - low)
+
+        def one(first: Any, _size: int) -> None:
+            b = T.bind(low + first)
             row = T.bind(T.cast(self.buffers["index"][b], "int32") * pitch)
             for c in range(width):
                 at = b * (rows * width) + c * rows
-                quads = [T.bind(emit.load(values, at + 4 * q, 4)) for q in range(rows // 4)] if by_quads else []
+                weight = emit.Scalars(values, at, rows, self.machine.lane_fma)
                 loaded = [T.bind(emit.load(panel, row + c * pitch + part.at, part.lanes)) for part in parts]
                 for r in range(rows):
                     for p, part in enumerate(parts):
-                        if by_quads and part.lanes == 4:
-                            weight = emit.lane(quads[r // 4], r % 4, 4)
-                        else:
-                            weight = emit.splat(values[at + r], part.lanes)
-                        acc.set(r, p, acc.get(r, p) + weight * loaded[p])
+                        acc.set(r, p, acc.get(r, p) + weight(r, part.lanes) * loaded[p])
+
+        longest = int(np.diff(self.packed.pointers).max()) * width
+        emit.in_chains(
+            acc, count, self.machine.chain(longest) // width,
+            lambda first, some: emit.in_rounds(some, 1, lambda at, size: one(first + at, size)),
+        )  # fmt: skip
         for p, part in enumerate(parts):
             done = [acc.get(r, p) for r in range(rows)]
             if self.residual == "none":  # full vectors of rows; a residual lies the other way round

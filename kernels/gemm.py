@@ -87,8 +87,8 @@ class Tiling:
 def tile_cycles(machine: Machine, rows: int, parts: Sequence[Part]) -> float:
     """Cycles for one k of a register tile: the larger of the FMA, load and issue bounds."""
     # A vector narrower than the machine's counts as half where the units split (16 lanes), else in full.
-    share = sum(max(p.lanes / machine.lanes, 0.5 if machine.lanes == 16 else 1.0) for p in parts)
-    scalars = rows / 4 if machine.lane_fma else rows / (2 if machine.lanes == 16 else 1)
+    share = sum(max(p.lanes / machine.lanes, 0.5 if machine.vector_bytes == 64 else 1.0) for p in parts)
+    scalars = rows / 4 if machine.lane_fma else rows / (2 if machine.vector_bytes == 64 else 1)
     latency = 4.0 / 2  # a chain of four cycles, two iterations in flight
     bounds = (
         rows * share / machine.fma,
@@ -113,7 +113,7 @@ def _ranked_cycles(machine: Machine, m: int, k: int, n: int) -> list[tuple[float
     for rows in range(1, min(m, 14) + 1):
         for vectors in range(1, 9):
             quads = rows if machine.lane_fma else 1
-            if rows * vectors + vectors + quads > machine.registers - (0 if machine.lanes == 16 else 1):
+            if rows * vectors + vectors + quads > machine.registers - (0 if machine.vector_bytes == 64 else 1):
                 continue
             if vectors > 1 and (vectors - 1) * lanes >= n:
                 continue
@@ -131,7 +131,7 @@ def _ranked_cycles(machine: Machine, m: int, k: int, n: int) -> list[tuple[float
 
 def ranked_tilings(machine: Machine, m: int, k: int, n: int) -> list[tuple[float, Tiling]]:
     """Predicted microseconds of each register tile on one thread, cheapest first: arithmetic, or streaming the weights."""
-    weights = 4 * k * n
+    weights = machine.item * k * n
     if weights <= machine.l2_bytes:
         stream = weights / (machine.l2_bytes_per_cycle * machine.ghz * 1e3)
     else:
@@ -207,56 +207,33 @@ def unpack(packed: np.ndarray, n: int, k: int, tiling: Tiling) -> tuple[np.ndarr
 # --- the register tile -----------------------------------------------------------------------------------------------
 
 
-class Accumulators:
-    """rows x parts accumulators, vectors of possibly different widths."""
-
-    def __init__(self, rows: int, parts: Sequence[Part]) -> None:
-        widths = [p.lanes for p in parts]
-        self._slot = {(r, p): rows * widths[:p].count(widths[p]) + r for r in range(rows) for p in range(len(parts))}
-        self._registers = {lanes: emit.registers(rows * widths.count(lanes), lanes) for lanes in set(widths)}
-        self._widths = widths
-
-    def get(self, r: int, p: int) -> Any:
-        """The value of one accumulator."""
-        return self._registers[self._widths[p]][self._slot[r, p]]
-
-    def set(self, r: int, p: int, value: Any) -> None:
-        """Replace one accumulator."""
-        T.buffer_store(self._registers[self._widths[p]], value, [self._slot[r, p]])
-
-
 def register_tile(
     machine: Machine, rows: int, parts: Sequence[Part], depth: int, x: Any, x_at: Callable[[int], Any],
     weights: Callable[[Any, Part], Any], start: Callable[[Part], Any], done: Callable[[int, Part, Any], None],
 ) -> None:  # fmt: skip
     """Accumulate `depth` products. `x_at(r)`: element of `x` where row r begins; `weights(k, part)`: a vector of row k."""
-    acc = Accumulators(rows, parts)
+    acc = emit.Accumulators(rows, [part.lanes for part in parts], machine.element)
     for p, part in enumerate(parts):
         value = T.bind(start(part))
         for r in range(rows):
             acc.set(r, p, value)
     bases = [T.bind(x_at(r)) for r in range(rows)]
-    unroll = 4 if machine.lane_fma else max(1, min(4, 24 // (rows * len(parts))))
+    unroll = 16 // machine.item if machine.lane_fma else max(1, min(4, 24 // (rows * len(parts))))
     unroll = min(unroll, depth)
 
     def steps(k: Any, count: int) -> None:
-        by_quads = machine.lane_fma and count == 4
-        quads = [T.bind(emit.load(x, base + k, 4)) for base in bases] if by_quads else []
+        factors = [emit.Scalars(x, base + k, count, machine.lane_fma) for base in bases]
         for u in range(count):
             loaded = [T.bind(weights(k + u, part)) for part in parts]
             for r in range(rows):
                 for p, part in enumerate(parts):
-                    if by_quads and part.lanes == 4:
-                        factor = emit.lane(quads[r], u, 4)
-                    else:
-                        factor = emit.splat(x[bases[r] + k + u], part.lanes)
-                    acc.set(r, p, acc.get(r, p) + factor * loaded[p])
+                    acc.set(r, p, acc.get(r, p) + factors[r](u, part.lanes) * loaded[p])
 
-    if depth >= unroll > 0:
-        with T.serial(0, depth // unroll) as i:
-            steps(i * unroll, unroll)
-    if unroll and depth % unroll:
-        steps(depth - depth % unroll, depth % unroll)
+    if depth:
+        emit.in_chains(
+            acc, depth, machine.chain(depth),
+            lambda first, count: emit.in_rounds(count, unroll, lambda at, size: steps(first + at, size)),
+        )  # fmt: skip
     for r in range(rows):
         for p, part in enumerate(parts):
             done(r, part, acc.get(r, p))
@@ -297,7 +274,7 @@ def bind(
     """
     n, k = w.shape
     tiling = tiling or choose_tiling(machine, m, k, n)[0]
-    packed = pack(w, bias, tiling)
+    packed = machine.array(pack(w, bias, tiling))
     row_blocks = -(-m // tiling.rows)
     blocks = blocks_of(n, tiling)
     column_blocks = sum(count for _, count in blocks)
@@ -337,8 +314,8 @@ def bind(
 
     sizes = {"x": m * k, "y": m * n, "residual": m * n, "weights": packed.size}
     roles = ("x", "y", "residual", "weights") if residual != "none" else ("x", "y", "weights")
-    func = emit.function([(role, sizes[role], "float32") for role in roles], body)
-    name = _name(f"gemm_f32_dense_{tiling.rows}x{tiling.width}", m, k, n, tiling, activation, residual, machine)
+    func = emit.function([(role, sizes[role], machine.element) for role in roles], body)
+    name = _name(machine.named(f"gemm_f32_dense_{tiling.rows}x{tiling.width}"), m, k, n, tiling, activation, residual, machine)
     text = f"{m}x{k} times {k}x{n}, tiles {tiling.rows}x{tiling.width}, {activation.name}, residual {residual}"
     return KernelCall(name, func, roles, {"weights": packed}, row_blocks * column_blocks, 0, text)
 
@@ -389,7 +366,7 @@ def bind_matmul(
     tiling = choose_tiling(machine, m, k, n)[0]
     column_blocks = -(-n // tiling.width)
     full = n // tiling.width
-    scratch = k * tiling.width * 4 if transposed else 0
+    scratch = k * tiling.width * machine.item if transposed else 0
     full_rows = m // tiling.rows
     # Few tiles are cut by rows too, so that threads have work; each chunk turns the block of b for itself.
     per_chunk = max(1, full_rows // max(1, -(-8 // (batch * column_blocks))))
@@ -415,12 +392,12 @@ def bind_matmul(
 
             def rows_from(row: Any, rows: int) -> None:
                 def done(r: int, part: Part, value: Any) -> None:
-                    scaled = value if scale == 1.0 else value * emit.splat(T.float32(scale), part.lanes)
+                    scaled = value if scale == 1.0 else value * emit.constant(scale, part.lanes, machine.element)
                     emit.store(y, out + (row + r) * n + part.at, finish(scaled, activation), part.lanes, part.valid)
 
                 register_tile(
                     machine, rows, parts, k, a, lambda r: a_base + (row + r) * k, weights,
-                    lambda part: emit.splat(T.float32(0), part.lanes), done,
+                    lambda part: emit.constant(0, part.lanes, machine.element), done,
                 )  # fmt: skip
 
             if full_rows:
@@ -446,12 +423,13 @@ def bind_matmul(
             _choose(block, cases)
 
     b_size = (1 if b_shared else batch) * k * n
-    arguments = [("a", (1 if a_shared else batch) * m * k, "float32"), ("b", b_size, "float32"), ("y", batch * m * n, "float32")]
+    element = machine.element
+    arguments = [("a", (1 if a_shared else batch) * m * k, element), ("b", b_size, element), ("y", batch * m * n, element)]
     if transposed:
-        arguments.append(("scratch", scratch // 4, "float32"))
+        arguments.append(("scratch", scratch // machine.item, element))
     func = emit.function(arguments, body)
     facts = (batch, m, k, n, transposed, a_shared, b_shared, scale, activation, tiling, machine)
-    stem = f"matmul_f32{'_t' if transposed else ''}_{tiling.rows}x{tiling.width}"
+    stem = machine.named("matmul_f32") + f"{'_t' if transposed else ''}_{tiling.rows}x{tiling.width}"
     text = f"{batch} x {m}x{k} times {k}x{n}{' transposed' if transposed else ''}, tiles {tiling.rows}x{tiling.width}"
     roles = tuple(argument[0] for argument in arguments)
     return KernelCall(_name(stem, *facts), func, roles, {}, batch * column_blocks * chunks, scratch, text)

@@ -4,7 +4,8 @@
     layernorm   y[r, i] = (x[r, i] - mean x[r]) / sqrt(var x[r] + epsilon) * gamma[i] + beta[i]
 
 Each pass over a row reads L1. Sums run in several accumulators, a vector each, to cover the adder's latency; the row's last,
-narrower vector is masked. Variance is taken from the differences to the mean (two passes), which does not cancel.
+narrower vector is masked. All arithmetic is float32, whatever x and y are. Variance is taken from the differences to the
+mean (two passes), which does not cancel.
 """
 
 from __future__ import annotations
@@ -116,19 +117,19 @@ class _Row:
 
 def bind_softmax(machine: Machine, *, rows: int, count: int) -> KernelCall:
     """The call for softmax of x [rows, count]. Roles (x, y). Tiles: ROWS rows each."""
-    row = _Row(machine, count)
+    row, element = _Row(machine, count), machine.element
 
     def body(x: Any, y: Any, begin: Any, end: Any) -> None:
         with T.serial(begin * ROWS, T.min(end * ROWS, rows)) as r:
             base = T.bind(r * count)
             top = emit.registers(1, 1)
-            largest = row.reduce(lambda at, valid: emit.load(x, base + at, row.lanes), T.max, -np.inf)
+            largest = row.reduce(lambda at, valid: emit.load_float(x, base + at, row.lanes), T.max, -np.inf)
             T.buffer_store(top, largest, [0])
 
             def power(at: Any, valid: int) -> Any:
                 value = emit.registers(1, row.lanes)
-                T.buffer_store(value, exp(emit.load(x, base + at, row.lanes) - emit.splat(top[0], row.lanes)), [0])
-                emit.store(y, base + at, value[0], row.lanes, valid)
+                T.buffer_store(value, exp(emit.load_float(x, base + at, row.lanes) - emit.splat(top[0], row.lanes)), [0])
+                emit.store(y, base + at, emit.convert(value[0], element), row.lanes, valid)
                 return value[0]
 
             total = row.reduce(power, lambda a, b: a + b, 0.0)
@@ -136,13 +137,13 @@ def bind_softmax(machine: Machine, *, rows: int, count: int) -> KernelCall:
             T.buffer_store(scale, T.float32(1) / total, [0])
 
             def finish(at: Any, valid: int) -> None:
-                value = emit.load(y, base + at, row.lanes) * emit.splat(scale[0], row.lanes)
-                emit.store(y, base + at, value, row.lanes, valid)
+                value = emit.load_float(y, base + at, row.lanes) * emit.splat(scale[0], row.lanes)
+                emit.store(y, base + at, emit.convert(value, element), row.lanes, valid)
 
             row.sweep(finish)
 
-    func = emit.function([("x", rows * count, "float32"), ("y", rows * count, "float32")], body)
-    name = _name("softmax_f32", (rows, count, machine))
+    func = emit.function([("x", rows * count, element), ("y", rows * count, element)], body)
+    name = _name(machine.named("softmax_f32"), (rows, count, machine))
     return KernelCall(name, func, ("x", "y"), {}, -(-rows // ROWS), 0, f"softmax of {rows} rows of {count}")
 
 
@@ -151,7 +152,7 @@ def bind_layernorm(
 ) -> KernelCall:
     """The call for layer normalization of x [rows, len(gamma)]. Roles (x, y, scales). Tiles: ROWS rows each."""
     count = gamma.size
-    row = _Row(machine, count)
+    row, element = _Row(machine, count), machine.element
     # gamma, then beta, each with room for a last whole vector
     pitch = count + row.lanes
     scales = np.zeros(2 * pitch, np.float32)
@@ -163,24 +164,25 @@ def bind_layernorm(
         with T.serial(begin * ROWS, T.min(end * ROWS, rows)) as r:
             base = T.bind(r * count)
             mean, inverse = emit.registers(1, 1), emit.registers(1, 1)
-            total = row.reduce(lambda at, valid: emit.load(x, base + at, row.lanes), lambda a, b: a + b, 0.0)
+            total = row.reduce(lambda at, valid: emit.load_float(x, base + at, row.lanes), lambda a, b: a + b, 0.0)
             T.buffer_store(mean, total * T.float32(1.0 / count), [0])
 
             def centred(at: Any) -> Any:
-                return emit.load(x, base + at, row.lanes) - emit.splat(mean[0], row.lanes)
+                return emit.load_float(x, base + at, row.lanes) - emit.splat(mean[0], row.lanes)
 
             squares = row.reduce(lambda at, valid: centred(at) * centred(at), lambda a, b: a + b, 0.0)
             T.buffer_store(inverse, T.float32(1) / T.sqrt(squares * T.float32(1.0 / count) + T.float32(epsilon)), [0])
 
             def finish(at: Any, valid: int) -> None:
                 scaled = centred(at) * emit.splat(inverse[0], row.lanes) * emit.load(held, at, row.lanes)
-                emit.store(y, base + at, scaled + emit.load(held, pitch + at, row.lanes), row.lanes, valid)
+                value = scaled + emit.load(held, pitch + at, row.lanes)
+                emit.store(y, base + at, emit.convert(value, element), row.lanes, valid)
 
             row.sweep(finish)
 
     size = rows * count
-    func = emit.function([("x", size, "float32"), ("y", size, "float32"), ("scales", scales.size, "float32")], body)
-    name = _name("layernorm_f32", (rows, count, epsilon, machine))
+    func = emit.function([("x", size, element), ("y", size, element), ("scales", scales.size, "float32")], body)
+    name = _name(machine.named("layernorm_f32"), (rows, count, epsilon, machine))
     text = f"layer normalization of {rows} rows of {count}"
     return KernelCall(name, func, ("x", "y", "scales"), {"scales": scales}, -(-rows // ROWS), 0, text)
 

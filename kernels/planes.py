@@ -229,7 +229,7 @@ class Rows:
         first = self.start * self.window.strides[1] + offset
         if not isinstance(self.start, int) or (first >= 0 and first + lanes <= width):
             return emit.load(self.x, at + first, lanes)
-        outside = emit.splat(T.float32(self.fill), lanes)
+        outside = emit.constant(self.fill, lanes, str(self.x.dtype))
         if first >= width or first + lanes <= 0:
             return outside
         read = max(first, 0)

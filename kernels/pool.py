@@ -136,7 +136,7 @@ def bind(
             return activate(activation, acc)
 
         fill = 0.0 if mode == "average" else float("-inf")
-        reduction = planes.Reduction(fill, lambda lanes: emit.splat(T.float32(fill), lanes), step, last)
+        reduction = planes.Reduction(fill, lambda lanes: emit.constant(fill, lanes, machine.element), step, last)
         with T.serial(begin, end) as t:
             plane = T.bind(t // sweep.bands) if sweep.bands > 1 else t
             planes.emit_sweep(
@@ -144,13 +144,14 @@ def bind(
             )
 
     constants = {}
-    arguments = [("x", n * channels * in_plane, "float32"), ("y", n * channels * out_plane, "float32")]
+    element = machine.element
+    arguments = [("x", n * channels * in_plane, element), ("y", n * channels * out_plane, element)]
     if mode == "average":
-        constants["scales"] = pack(window, count_include_pad, machine.lanes)
-        arguments.append(("scales", constants["scales"].size, "float32"))
+        constants["scales"] = machine.array(pack(window, count_include_pad, machine.lanes))
+        arguments.append(("scales", constants["scales"].size, element))
     facts = (mode, x_shape, window, activation, machine)
     shape = f"{kernel[0]}x{kernel[1]}s{strides[0]}{strides[1]}"
-    name = f"{mode}pool_f32_{shape}_{hashlib.sha256(repr(facts).encode()).hexdigest()[:10]}"
+    name = f"{machine.named(mode + 'pool_f32')}_{shape}_{hashlib.sha256(repr(facts).encode()).hexdigest()[:10]}"
     text = f"{mode} pooling {shape} on {channels}x{height}x{width}, {activation.name}"
     func = emit.function(arguments, body)
     roles = tuple(argument[0] for argument in arguments)
@@ -183,32 +184,32 @@ def bind_global(
     def body(x: Any, y: Any, begin: Any, end: Any) -> None:
         with T.serial(begin * per_tile, T.min(end * per_tile, rows)) as row:
             base = T.bind(row * count)
-            acc = emit.registers(chains, lanes)
+            acc = emit.registers(chains, lanes)  # float32 also where x is float16
             for c in range(chains):
-                T.buffer_store(acc, emit.load(x, base + c * lanes, lanes), [c])
+                T.buffer_store(acc, emit.load_float(x, base + c * lanes, lanes), [c])
             if count // stride > 1:
                 with T.serial(1, count // stride) as i:
                     for c in range(chains):
-                        T.buffer_store(acc, combine(acc[c], emit.load(x, base + i * stride + c * lanes, lanes)), [c])
+                        T.buffer_store(acc, combine(acc[c], emit.load_float(x, base + i * stride + c * lanes, lanes)), [c])
             done = count // stride * stride
             while count - done >= lanes:
-                T.buffer_store(acc, combine(acc[0], emit.load(x, base + done, lanes)), [0])
+                T.buffer_store(acc, combine(acc[0], emit.load_float(x, base + done, lanes)), [0])
                 done += lanes
             total = acc[0]
             for c in range(1, chains):
                 total = T.bind(combine(total, acc[c]))
             total = T.bind(total)
-            left = [x[base + i] for i in range(done, count)]
+            left = [emit.load_float(x, base + i, 1) for i in range(done, count)]
             scalar = reduce_lanes(total, lanes, combine)
             for value in left:
                 scalar = T.bind(combine(scalar, value))
             if mode == "average":
                 scalar = scalar * T.float32(1.0 / count)
-            T.buffer_store(y, activate(activation, scalar), [row])
+            T.buffer_store(y, emit.convert(activate(activation, scalar), machine.element), [row])
 
-    func = emit.function([("x", rows * count, "float32"), ("y", rows, "float32")], body)
+    func = emit.function([("x", rows * count, machine.element), ("y", rows, machine.element)], body)
     facts = (mode, rows, count, activation, machine)
-    name = f"global{mode}pool_f32_{hashlib.sha256(repr(facts).encode()).hexdigest()[:10]}"
+    name = f"global{machine.named(mode + 'pool_f32')}_{hashlib.sha256(repr(facts).encode()).hexdigest()[:10]}"
     text = f"{mode} of {rows} planes of {count}, {activation.name}"
     return KernelCall(name, func, ("x", "y"), {}, -(-rows // per_tile), 0, text)
 

@@ -225,7 +225,7 @@ def write_artifact(
     manifest = {
         "schema": SCHEMA,
         "name": program.name,
-        "target": {key: getattr(target, key) for key in ("name", "cpu", "arch", "os", "runtime")},
+        "target": {key: getattr(target, key) for key in ("name", "cpu", "arch", "os", "runtime", "precision")},
         "features": list(target.features),
         "inputs": [_tensor(t) for t in program.inputs],
         "outputs": [_tensor(t) for t in program.outputs],
@@ -327,7 +327,7 @@ def check_manifest(manifest: object, directory: Path) -> None:
         raise ArtifactError(f"keys missing: {missing}, unknown: {extra}", str(directory / MANIFEST))
     c.text(top["name"], "name")
     target = c.table(top["target"], "target")
-    for key in ("name", "cpu", "arch", "os", "runtime"):
+    for key in ("name", "cpu", "arch", "os", "runtime", "precision"):
         c.text(target.get(key), f"target.{key}")
     for i, feature in enumerate(c.items(top["features"], "features")):
         c.text(feature, f"features[{i}]")

@@ -85,6 +85,7 @@ MACHINE = _options(
     click.option("--target", metavar="NAME", help="host, arm, ...; see `sparsec targets`.  [default: host]"),
     click.option("--cpu", metavar="NAME", help="The target's CPU; see `sparsec targets`."),
     click.option("--os", "system", metavar="NAME", help="android or linux."),
+    click.option("--precision", metavar="f32|f16", help="What layers store and compute in.  [default: f32]"),
 )
 RUNTIME = click.option("--runtime", metavar="NAME", help="native, emulated, adb[:SERIAL], ssh:[USER@]HOST, ort.")
 
@@ -106,21 +107,21 @@ RUNTIME = click.option("--runtime", metavar="NAME", help="native, emulated, adb[
 @click.option("--tuning", metavar="FILE", help="Measured choices, of `sparsec tune`, before predicted ones.")
 @REPORTING
 def compile_verb(
-    model: str, target: str | None, cpu: str | None, system: str | None, output: str, overwrite: bool,
+    model: str, target: str | None, cpu: str | None, system: str | None, precision: str | None, output: str, overwrite: bool,
     recipe: str | None, passes: tuple[str, ...], plugins: tuple[str, ...], calibration: str | None,
     preprocess: str | None, dump: str | None, shapes: tuple[str, ...], binds: tuple[str, ...], threads: int,
     embed_weights: bool, tuning: str | None, as_json: bool, verbose: bool,
 ) -> None:  # fmt: skip
     """An ONNX model into an artifact for one target."""
     shape, bind = parse_shapes(shapes), parse_binds(binds)
-    _early(model, output, overwrite, target, cpu, system)
+    _early(model, output, overwrite, target, cpu, system, precision)
     from sparsec.compiler import compile
 
     start = time.perf_counter()
     with progress() as say:
         artifact = compile(
             model, target, passes=passes, recipe=recipe, calibration=calibration, shapes=shape, bind=bind, cpu=cpu,
-            os=system, threads=threads, output=output, overwrite=overwrite, plugins=plugins, dump=dump,
+            os=system, precision=precision or "f32", threads=threads, output=output, overwrite=overwrite, plugins=plugins, dump=dump,
             embed_weights=embed_weights, preprocess=preprocess, tuning=tuning, progress=say,
         )  # fmt: skip
     seconds = time.perf_counter() - start
@@ -132,6 +133,7 @@ def compile_verb(
             "artifact": str(artifact.path),
             "target": manifest["target"]["name"],
             "cpu": manifest["target"]["cpu"],
+            "precision": manifest["target"]["precision"],
             "bytes": artifact.bytes,
             "layers": artifact.report["layers"],
             "passes": manifest["passes"],
@@ -143,13 +145,15 @@ def compile_verb(
     _print_compiled(artifact, seconds, verbose)
 
 
-def _early(model: str, output: str, overwrite: bool, target: str | None, cpu: str | None, system: str | None) -> None:
+def _early(
+    model: str, output: str, overwrite: bool, target: str | None, cpu: str | None, system: str | None, precision: str | None
+) -> None:  # fmt: skip
     """The cheap mistakes, said before TVM is imported."""
     from sparsec.artifact import SUFFIX, artifact_path, check_output
-    from sparsec.targets import find_target
+    from sparsec.targets import find_target, with_precision
 
-    if target is not None:
-        find_target(target, cpu, system)
+    if target is not None or precision is not None:
+        with_precision(find_target(target or "host", cpu, system), precision or "f32")
     if os.path.isfile(model):
         check_output(artifact_path(output, Path(model).name.removesuffix(".onnx").removesuffix(SUFFIX)), overwrite)
 
@@ -228,7 +232,7 @@ def rewrite_verb(
 @SHAPES
 @REPORTING
 def inspect_verb(
-    path: str, target: str | None, cpu: str | None, system: str | None, shapes: tuple[str, ...],
+    path: str, target: str | None, cpu: str | None, system: str | None, precision: str | None, shapes: tuple[str, ...],
     binds: tuple[str, ...], as_json: bool, verbose: bool,
 ) -> None:  # fmt: skip
     """Layers, zeros, the structure found, the kernel chosen and why, sizes."""
@@ -238,12 +242,12 @@ def inspect_verb(
     if Path(path).is_dir():
         from sparsec.artifact import load
 
-        _only_for_models(target=target, cpu=cpu, os=system, shape=shape, bind=bind)
+        _only_for_models(target=target, cpu=cpu, os=system, precision=precision, shape=shape, bind=bind)
         result = inspect_artifact(load(path))
     else:
-        from sparsec.targets import find_target
+        from sparsec.targets import find_target, with_precision
 
-        machine = find_target(target or "host", cpu, system)
+        machine = with_precision(find_target(target or "host", cpu, system), precision or "f32")
         from sparsec.loading import load_model
 
         notes: list[str] = []

@@ -31,7 +31,7 @@ from sparsec.passes_api import resolve_passes
 from sparsec.pipeline import run_passes
 from sparsec.program import Program
 from sparsec.recipe import Recipe, load_recipe
-from sparsec.targets import Target, find_target
+from sparsec.targets import Target, find_target, with_precision
 from sparsec.tolerance import tolerances
 from sparsec.tuning import Lookup, read_tuning
 from sparsec.verify import parity_sample, verify
@@ -62,6 +62,7 @@ def compile(
     bind: Mapping[str, Any] | None = None,
     cpu: str | None = None,
     os: str | None = None,
+    precision: str = "f32",
     threads: int = 1,
     output: str | _os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -77,7 +78,8 @@ def compile(
     model: path, bytes, `onnx.ModelProto` or `onnx_ir.Model`; the caller's object is left alone. target: "host", "arm", ...
     (default: the recipe's, else "host"). passes: specs such as "prune:sparsity=0.8,block=4x1", pass objects or classes,
     after those of `recipe`. calibration: an .npz, a folder of images with `preprocess`, arrays by input name, or `Images`.
-    shapes: input name to full shape. bind: inputs fixed to a constant. threads: the artifact's default. output: the
+    precision: "f32", or "f16" on CPUs with float16 arithmetic: layers store and compute in it, inputs and outputs stay
+    float32. shapes: input name to full shape. bind: inputs fixed to a constant. threads: the artifact's default. output: the
     artifact if it ends in ".sparsec", else the folder for it; without it the artifact lives in a temporary directory that
     goes with the object. tuning: a file that `sparsec tune` made, asked before the cost model. Raises a `SparsecError`;
     then nothing is left behind.
@@ -87,6 +89,9 @@ def compile(
         raise UsageError(f"expected 1 to 256 threads, got {threads}", "--threads")
     chosen = _recipe(recipe)
     machine = target if isinstance(target, Target) else find_target(target or chosen.target or "host", cpu, os)
+    machine = with_precision(machine, precision)
+    if tuning is not None and precision != "f32":
+        raise UsageError("measured choices are of float32 kernels; leave out --tuning or --precision", "--tuning")
     choices = Lookup(read_tuning(tuning)) if tuning is not None else None
     if choices is not None:
         choices.tuning.check_for(machine.cpu)

@@ -77,6 +77,7 @@ def report(program: Program, model_bytes: bytes, sizes: Mapping[str, int] | None
         "model": program.name,
         "target": program.target.name,
         "cpu": program.target.cpu,
+        "precision": program.target.precision,
         "layers": layers,
         "totals": {
             "layers": len(layers),
@@ -132,7 +133,7 @@ def print_report(result: Mapping[str, Any], console: Console, verbose: bool = Fa
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(f"{result['model']} for {result['target']} ({result['cpu']})"), title_justify="left")
+    table = Table(title=escape(f"{result['model']} for {result['target']} ({result['cpu']}, {result['precision']})"), title_justify="left")
     for column in ("layer", "op", "shape", "zeros", "structure", "kernel", "bytes", "predicted us", "why"):
         right = column in ("zeros", "bytes", "predicted us")
         table.add_column(column, justify="right" if right else "left", overflow="fold")

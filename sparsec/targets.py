@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import platform
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata, resources
 from typing import Any
@@ -27,6 +27,11 @@ class Target:
     machine: Machine
     runtime: str  # the runtime adapter that runs its artifacts here
     description: str = ""
+
+    @property
+    def precision(self) -> str:
+        """What floating-point layers are stored and computed in: f32 or f16."""
+        return "f16" if self.machine.element == "float16" else "f32"
 
     @property
     def zig_triple(self) -> str:
@@ -151,9 +156,30 @@ def find_target(name: str, cpu: str | None = None, os: str | None = None) -> Tar
     if os not in stanza["os"]:
         raise TargetError(f"target {name!r} has no operating system {os!r}{suggest(os, stanza['os'])}", "--os")
     facts = _cpu(cpu)
-    machine = Machine(**{key: facts[key] for key in Machine.__dataclass_fields__})
+    machine = Machine(**{key: facts[key] for key in Machine.__dataclass_fields__ if key != "element"})
     llvm = {"mtriple": f"{facts['arch']}-unknown-linux-gnu", **facts["llvm"]}
     return Target(
         name=name, cpu=cpu, arch=facts["arch"], os=os, features=tuple(facts["features"]), llvm=llvm, machine=machine,
         runtime=stanza["runtime"], description=stanza["description"],
     )  # fmt: skip
+
+
+PRECISIONS = ("f32", "f16")
+_HALF = frozenset({"fp16", "avx512fp16"})  # features that mean arithmetic, not only conversion
+
+
+def with_precision(target: Target, precision: str) -> Target:
+    """`target` computing in `precision`. Raises TargetError where its CPU has no such arithmetic."""
+    if precision not in PRECISIONS:
+        raise TargetError(f"unknown precision {precision!r}{suggest(precision, list(PRECISIONS))}", "--precision")
+    if precision == target.precision:
+        return target
+    if precision == "f32":
+        return replace(target, machine=target.machine.single())
+    if not _HALF & set(target.features):
+        able = {
+            name: [cpu for cpu in cpu_names(name) if _HALF & set(_cpu(cpu)["features"])] for name in target_names()
+        }
+        way = "; or ".join(f"--target {name} with --cpu {', '.join(cpus)}" for name, cpus in able.items() if cpus)
+        raise TargetError(f"cpu {target.cpu!r} has no float16 arithmetic; use {way}", "--precision")
+    return replace(target, machine=target.machine.half())

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from sparsec.kernels.base import CHAIN
+
 if TYPE_CHECKING:
     import onnx_ir
 
     from sparsec.targets import Target
 
 UNIT_ROUNDOFF = 2.0**-24  # of float32
+HALF_ROUNDOFF = 2.0**-11  # of float16
 SIGMAS = 4.0  # the largest of 1000 normal values is 3.3 sigma on average
 CEILING = {"x86_64": 2e-5, "aarch64": 5e-5}  # no model may need more; a larger derived value is cut to this
 
@@ -44,9 +47,27 @@ def derive_tolerance(model: onnx_ir.Model) -> float:
     return SIGMAS * UNIT_ROUNDOFF * math.sqrt(2 * max(roundings, 1))
 
 
+def derive_half_tolerance(model: onnx_ir.Model) -> float:
+    """Relative error that a correct float16 implementation of `model` may have against float32, which is exact beside it.
+
+    A rounding is off by at most u = 2^-11 of the sum so far, u / sqrt(3) in the root mean square. A sum of k products
+    is made of sums of CHAIN products: min(k, CHAIN) roundings of a part each and k / CHAIN of parts put together. The
+    weights and the result are rounded once each. Library functions, softmax and normalizations are float32 inside.
+    Errors of layers add up, times 4 (standard deviations).
+    """
+    roundings = 0.0
+    for node in model.graph:
+        length = 0 if node.op_type in _FUNCTIONS else _roundings(node)
+        roundings += 0 if node.op_type in _ERROR_FREE else min(length, CHAIN) + length / CHAIN + 2
+    return SIGMAS * HALF_ROUNDOFF * math.sqrt(max(roundings, 1) / 3)
+
+
 def tolerances(model: onnx_ir.Model, target: Target) -> dict[str, float]:
-    """The relative tolerance of each output for `target`; integer outputs must be equal."""
-    value = float(f"{min(derive_tolerance(model), CEILING[target.arch]):.3g}")
+    """The relative tolerance of each output for `target` and its precision; integer outputs must be equal."""
+    if target.precision == "f16":
+        value = float(f"{derive_half_tolerance(model):.3g}")
+    else:
+        value = float(f"{min(derive_tolerance(model), CEILING[target.arch]):.3g}")
     return {
         str(output.name): 0.0 if output.dtype is not None and output.dtype.name in _EXACT else value
         for output in model.graph.outputs

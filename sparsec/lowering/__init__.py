@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import onnx_ir as ir
 
+from sparsec.errors import UnsupportedError
+from sparsec.kernels.base import roofline_us
+from sparsec.kernels.emit import HALF_MAX
 from sparsec.lowering.calls import Call, Calls
 from sparsec.lowering.generic import lower_generic
-from sparsec.lowering.match import dims
+from sparsec.lowering.match import constant, dims
 from sparsec.lowering.plan import plan
-from sparsec.lowering.rules.base import Context, Taken, declare, roofline_us
+from sparsec.lowering.rules.base import Context, Taken, declare
 from sparsec.lowering.select import select
 from sparsec.program import Layer, Program
 from sparsec.targets import Target
@@ -23,16 +27,19 @@ def lower(model: ir.Model, target: Target, name: str = "model", tuning: Choices 
     `tuning`: measured choices, asked before the cost model.
     """
     graph = model.graph
-    calls = Calls(frozenset(str(v.name) for v in _values(graph)))
+    calls = Calls(target.machine, frozenset(str(v.name) for v in _values(graph)))
     for value in graph.inputs:
-        declare(calls, value)
-    for item in schedule(graph, target, tuning):
+        declare(calls, value, "float32")
+    items = schedule(graph, target, tuning)
+    if target.precision == "f16":
+        _check_range(items)
+    for item in items:
         if isinstance(item, Taken):
             item.emit(calls)
         else:
             _emit_generic(item, calls, target)
     for value in graph.outputs:
-        declare(calls, value)
+        declare(calls, value, "float32")
     return plan(name, target, calls, [str(v.name) for v in graph.inputs], [str(v.name) for v in graph.outputs])
 
 
@@ -69,6 +76,22 @@ def schedule(graph: ir.Graph, target: Target, tuning: Choices | None = None) -> 
     return ordered
 
 
+def _check_range(items: list[Taken | list[tuple[ir.Node, str]]]) -> None:
+    """Raise UnsupportedError that names every weight of a kernel beyond float16."""
+    found = []
+    for item in items:
+        for node in item.group.nodes if isinstance(item, Taken) else ():
+            for value in node.inputs:
+                array = constant(value) if node.op_type != "Clip" else None  # its bounds may be infinite
+                if array is not None and array.dtype == np.float32 and array.size:
+                    largest = float(np.abs(array).max())
+                    if largest > HALF_MAX:
+                        found.append(f"{value.name} of {node.op_type} {node.name} reaches {largest:.4g}")  # type: ignore[union-attr]
+    if found:
+        text = "; ".join(dict.fromkeys(found))
+        raise UnsupportedError(f"float16 ends at {HALF_MAX:.0f}: {text}; compile without --precision f16")
+
+
 def _emit_generic(items: list[tuple[ir.Node, str]], calls: Calls, target: Target) -> None:
     """Lower a run of nodes through Relax and add its steps."""
     nodes = [node for node, _ in items]
@@ -76,8 +99,9 @@ def _emit_generic(items: list[tuple[ir.Node, str]], calls: Calls, target: Target
     for node in nodes:
         for value in (*node.inputs, *node.outputs):
             if value is not None and value.name:
-                declare(calls, value)
-    region = lower_generic(nodes, target.machine)
+                declare(calls, value, "float32")
+    machine = target.machine.single()
+    region = lower_generic(nodes, machine)
     own: dict[str, str] = {}  # the region's names -> names that are new here
     for name, (shape, dtype) in region.temporaries.items():
         own[name] = calls.value(calls.fresh(name), shape, dtype)
@@ -95,7 +119,7 @@ def _emit_generic(items: list[tuple[ir.Node, str]], calls: Calls, target: Target
         shape = next((outputs[n] for n in step.outputs if n in outputs), ())
         why = "; ".join(dict.fromkeys(reasons[n] for n in step.nodes if n in reasons))
         ops = "+".join(node.op_type for node in nodes if node.name in step.nodes)
-        us = roofline_us(target.machine, float(step.flops), float(step.bytes))
+        us = roofline_us(machine, float(step.flops), float(step.bytes))
         calls.layers.append(
             Layer(
                 step.nodes[0] if step.nodes else "",

@@ -10,7 +10,8 @@ import numpy as np
 
 from sparsec.codegen import argument_bytes
 from sparsec.errors import CheckError
-from sparsec.kernels.base import KernelCall
+from sparsec.kernels import elementwise
+from sparsec.kernels.base import KernelCall, Machine, roofline_us
 from sparsec.program import Kernel, Layer
 
 
@@ -38,14 +39,21 @@ class Call:
 
 @dataclass
 class Calls:
-    """The growing result of selection; one per lowering, never shared. `graph_names`: the graph's own, never to be reused."""
+    """The growing result of selection; one per lowering, never shared.
 
+    `graph_names`: the graph's own, never to be reused. `machine.element` is what kernels hold float32 values in; the
+    graph's inputs and outputs and the generic route have them as float32. A value may be held both ways: the second is
+    cast from the first where it is first asked for.
+    """
+
+    machine: Machine
     graph_names: frozenset[str] = frozenset()
     calls: list[Call] = field(default_factory=list)
     values: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)  # name -> shape, dtype
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     views: dict[str, tuple[str, int]] = field(default_factory=dict)  # name -> (value it lies in, byte offset)
     layers: list[Layer] = field(default_factory=list)
+    held: dict[str, dict[str, str]] = field(default_factory=dict)  # graph value -> element type -> name
 
     def fresh(self, name: str) -> str:
         """`name`, or the first of `name'`, `name''`, ... that nothing has yet."""
@@ -59,6 +67,41 @@ class Calls:
         if known != (shape, dtype):
             raise CheckError(f"declared as {known[1]}{list(known[0])} and as {dtype}{list(shape)}", name)
         return name
+
+    def hold(self, name: str, shape: tuple[int, ...], dtype: str, element: str) -> str:
+        """The name under which graph value `name` lies in memory, as `element` if it is float32; cast if it must be.
+
+        Its first holder is what its producer writes.
+        """
+        if dtype != "float32":
+            return self.value(name, shape, dtype)
+        held = self.held.setdefault(name, {})
+        if element not in held:
+            source = next(iter(held.items()), None)
+            held[element] = self.value(name if element == "float32" else self.fresh(name), shape, element)
+            if source is not None:
+                self._cast(name, *source, held[element], element)
+        return held[element]
+
+    def hold_constant(self, name: str, array: np.ndarray, element: str) -> str:
+        """The same for a constant of the graph."""
+        if array.dtype != np.float32 or element == "float32":
+            self.constants.setdefault(name, array)
+            return name
+        held = self.held.setdefault(name, {})
+        if element not in held:
+            held[element] = self.fresh(name)
+            self.constants[held[element]] = array.astype(element)
+        return held[element]
+
+    def _cast(self, name: str, source_type: str, source: str, target: str, target_type: str) -> None:
+        shape, _ = self.values[source]
+        size = int(np.prod(shape, dtype=np.int64))
+        call = elementwise.bind_cast(self.machine, size=size, source=source_type, target=target_type)
+        self.emit(call, {"x": source, "y": target}, ("y",), (), name)
+        reason = f"from {source_type} to {target_type}"
+        us = roofline_us(self.machine, 0.0, 8.0 * size)
+        self.layers.append(Layer(name, "Cast", shape, "native", call.name, reason, predicted_us=us))
 
     def size(self, name: str) -> int:
         """Bytes of an activation."""

@@ -105,7 +105,7 @@ def test_a_missing_pointer_is_found(program):
 
 
 def test_two_kernels_of_one_name_are_found():
-    calls = Calls()
+    calls = Calls(TARGET.machine)
     for name in "xyz":
         calls.value(name, (9,), "float32")
     relu = elementwise.bind_unary(TARGET.machine, size=9, activation=RELU)
@@ -119,7 +119,7 @@ def test_two_kernels_of_one_name_are_found():
 
 
 def test_a_value_has_one_shape():
-    calls = Calls()
+    calls = Calls(TARGET.machine)
     calls.value("x", (2, 3), "float32")
     with pytest.raises(CheckError, match="declared as"):
         calls.value("x", (3, 2), "float32")
@@ -236,7 +236,7 @@ def test_outputs_that_are_views():
 
 def test_an_output_that_is_a_constant():
     program_of("g (float[2,3] x, float[2,3] w0) => (float[2,3] y, float[2,3] z) { y = Relu(x) z = Relu(w0) }")
-    calls = Calls(constants={"c": np.arange(6, dtype=np.int64).reshape(2, 3)})
+    calls = Calls(TARGET.machine, constants={"c": np.arange(6, dtype=np.int64).reshape(2, 3)})
     calls.value("x", (2, 3), "float32")
     program = plan("model", TARGET, calls, ["x"], ["x", "c"])
     assert [(t.shape, t.dtype, t.location.space) for t in program.outputs] == [
@@ -299,7 +299,7 @@ def test_the_comparison_can_fail(program):
 @given(st.lists(st.tuples(st.integers(1, 400), st.lists(st.integers(0, 40), min_size=1, max_size=3)), min_size=1, max_size=30))
 def test_living_values_never_overlap(nodes):
     """A chain of random reads: `check` passes, and no place is larger than all values together."""
-    calls = Calls()
+    calls = Calls(TARGET.machine)
     names = [calls.value("x", (17,), "float32")]
     for i, (size, reads) in enumerate(nodes):
         source = names[reads[0] % len(names)]

@@ -41,26 +41,22 @@ class Context:
 Rule = Callable[[ir.Node, Context], "Taken | str | None"]
 
 
-def roofline_us(machine: Machine, flops: float, moved: float) -> float:
-    """Time by arithmetic or by bytes from L2, whichever is longer; for kernels without a model of their own."""
-    cycles = max(flops / (2 * machine.lanes * machine.fma), moved / machine.l2_bytes_per_cycle)
-    return cycles / (machine.ghz * 1e3)
-
-
 def dtype_of(value: ir.Value) -> str:
     """NumPy's name of a value's element type."""
     assert value.dtype is not None, value.name
     return str(value.dtype.numpy())
 
 
-def declare(calls: Calls, value: ir.Value) -> str:
-    """Make an ONNX value known to the calls, under its own name: an activation, or a constant of the graph."""
+def declare(calls: Calls, value: ir.Value, element: str | None = None) -> str:
+    """The name in the calls of an ONNX value: an activation, or a constant of the graph.
+
+    `element`: how a float32 value is to be held; by default as kernels hold it.
+    """
     assert value.name is not None
-    array = constant(value)
+    array, element = constant(value), element or calls.machine.element
     if array is None:
-        return calls.value(value.name, dims(value), dtype_of(value))
-    calls.constants.setdefault(value.name, array)
-    return value.name
+        return calls.hold(value.name, dims(value), dtype_of(value), element)
+    return calls.hold_constant(value.name, array, element)
 
 
 def node_names(group: Group) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparsec.kernels import conv, depthwise
-from sparsec.kernels.base import Machine
+from sparsec.kernels.base import Machine, roofline_us
 from sparsec.lowering.calls import Calls
 from sparsec.lowering.match import Group, attribute, constant, dims, fuse
 from sparsec.lowering.prices import SPARSE_FROM, Bound, Prices, Way, choose
@@ -21,7 +21,6 @@ from sparsec.lowering.rules.base import (
     dtype_of,
     emit_simple,
     node_names,
-    roofline_us,
 )
 from sparsec.lowering.rules.product import bind_product
 from sparsec.lowering.structure import detect_structure
@@ -94,7 +93,7 @@ def price_conv(machine: Machine, geometry: conv.Geometry, w: np.ndarray) -> Pric
             continue
         columns = conv.stored_columns(part, form, machine, geometry)
         ranked = conv.ranked_tilings(machine, geometry, form, columns)
-        ways += [Way(form.name, form.sparse, us, form, tiling) for us, tiling in ranked]
+        ways += [Way(machine.named(form.name), form.sparse, us, form, tiling) for us, tiling in ranked]
         if form.sparse:
             groups = -(-part.shape[0] // form.rows)
             stored[form.name] = round(100 * columns[form.rows] / (groups * geometry.taps))
@@ -169,11 +168,12 @@ def _emit_conv(group: Group, read: _ConvNode, machine: Machine, tuning: Choices 
                 tiling=way.tiling,
             )
             suffix = f"/group{i}" if g > 1 else ""
-            at_x = {"x": i * (c // g) * h * w * 4}
-            at_y = dict.fromkeys(("y", "residual"), i * part_shape[0] * geometry.pixels * 4)
+            at_x = {"x": i * (c // g) * h * w * machine.item}
+            at_y = dict.fromkeys(("y", "residual"), i * part_shape[0] * geometry.pixels * machine.item)
             source = x
             if prepare is not None:
-                source = calls.value(calls.fresh(f"{group.name}{suffix}/prepared"), geometry.prepared_shape, "float32")
+                fresh = calls.fresh(f"{group.name}{suffix}/prepared")
+                source = calls.value(fresh, geometry.prepared_shape, machine.element)
                 calls.emit(prepare, {"x": x, "prepared": source}, ("prepared",), names, group.name + suffix, at_x)
                 at_x = {}
             bound = {"x": source, "y": y} | ({"residual": other} if other else {})

@@ -8,8 +8,9 @@ import numpy as np
 import onnx_ir as ir
 
 from sparsec.kernels import elementwise
+from sparsec.kernels.base import roofline_us
 from sparsec.lowering.match import Group, dims, find_activation, fuse, in_graph_order, unary_activation
-from sparsec.lowering.rules.base import Context, Taken, dtype_of, emit_simple, roofline_us
+from sparsec.lowering.rules.base import Context, Taken, dtype_of, emit_simple
 
 _OPS: dict[str, Any] = {"Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div"}
 

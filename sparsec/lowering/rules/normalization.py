@@ -6,8 +6,9 @@ import numpy as np
 import onnx_ir as ir
 
 from sparsec.kernels import normalize
+from sparsec.kernels.base import roofline_us
 from sparsec.lowering.match import Group, attribute, constant, dims
-from sparsec.lowering.rules.base import Context, Taken, dtype_of, emit_simple, roofline_us
+from sparsec.lowering.rules.base import Context, Taken, dtype_of, emit_simple
 
 
 def take_softmax(node: ir.Node, context: Context) -> Taken | str | None:

@@ -8,8 +8,9 @@ import numpy as np
 import onnx_ir as ir
 
 from sparsec.kernels import planes, pool
+from sparsec.kernels.base import roofline_us
 from sparsec.lowering.match import attribute, constant, dims, fuse
-from sparsec.lowering.rules.base import Context, Taken, dtype_of, emit_simple, roofline_us
+from sparsec.lowering.rules.base import Context, Taken, dtype_of, emit_simple
 from sparsec.lowering.rules.convolution import window_pads
 
 

@@ -73,12 +73,12 @@ def price_product(machine: Machine, m: int, w: np.ndarray) -> Prices:
     structure = detect_structure(w[:, :, None, None])
     n, k = w.shape
     dense = gemm.TABLE[0]
-    ways = [Way(dense.name, False, us, dense, tiling) for us, tiling in gemm.ranked_tilings(machine, m, k, n)]
+    ways = [Way(machine.named(dense.name), False, us, dense, tiling) for us, tiling in gemm.ranked_tilings(machine, m, k, n)]
     stored = {}
     if structure.zeros >= SPARSE_FROM and fc.refusal(w.shape) is None:
         for form in fc.TABLE:
             packed = fc.pack(w, form)
-            ways.append(Way(form.name, True, fc.predict_us(machine, m, packed), form))
+            ways.append(Way(machine.named(form.name), True, fc.predict_us(machine, m, packed), form))
             stored[form.name] = round(100 * packed.blocks * packed.columns / ((len(packed.pointers) - 1) * k))
 
     def calls(way: Way) -> Bound:

@@ -58,8 +58,8 @@ def take_split(node: ir.Node, context: Context) -> Taken | str | None:
     shape = dims(x)
     varying = [axis for axis, extent in enumerate(shape) if extent != 1]
     outer = varying[0] if varying else 0
-    tail = int(np.prod(shape[outer + 1 :], dtype=np.int64)) * np.dtype(dtype_of(x)).itemsize
-    offsets: list[int] = []
+    tail = int(np.prod(shape[outer + 1 :], dtype=np.int64))
+    offsets: list[int] = []  # elements
     if node.op_type == "Split":
         axis = int(attribute(node, "axis", 0)) % len(shape)
         if axis > outer:
@@ -88,9 +88,10 @@ def take_split(node: ir.Node, context: Context) -> Taken | str | None:
 
     def emit(calls: Calls) -> None:
         source = declare(calls, x)
+        item = np.dtype(calls.values[source][1]).itemsize
         for part, offset in zip(node.outputs, offsets, strict=True):
             if part.uses() or part.is_graph_output():
-                calls.views[declare(calls, part)] = (source, offset)
+                calls.views[declare(calls, part)] = (source, offset * item)
         calls.layers.append(
             Layer(
                 group.name,
