@@ -11,6 +11,7 @@ Invariants of the result, checked by `check`:
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 
 import numpy as np
@@ -154,19 +155,22 @@ def check(program: Program) -> None:
             if a.first <= b.last and b.first <= a.last:
                 raise CheckError(f"shares memory with {b.name!r} while both are alive", a.name)
     sizes = {kernel.name: argument_bytes(kernel) for kernel in program.kernels}
+    constants = sorted((c.offset, c.data.nbytes) for c in program.constants)
+    starts = [offset for offset, _ in constants]
+
+    def has_room(arg: Arg, size: int, step: int) -> bool:
+        if arg.space == "scratch":
+            return 0 <= arg.offset <= program.scratch_bytes - size
+        if arg.space == "arena":
+            alive = (b for b in live if b.first <= step <= b.last)
+            return any(b.offset <= arg.offset <= b.offset + b.size - size for b in alive)
+        holder = bisect.bisect_right(starts, arg.offset) - 1
+        return holder >= 0 and arg.offset + size <= sum(constants[holder])
+
     for i, step in enumerate(program.steps):
         if len(step.args) != len(sizes[step.kernel]):
             raise CheckError(f"takes {len(sizes[step.kernel])} pointers, got {len(step.args)}", step.kernel)
         for arg, size in zip(step.args, sizes[step.kernel], strict=True):
-            size = size if size > 8 else 0  # one element may stand for none
-            if not any(low <= arg.offset and arg.offset + size <= high for low, high in _rooms(program, arg.space, i)):
-                raise CheckError(f"step {i} has no {size} bytes at {arg.space}+{arg.offset}", step.kernel)
-
-
-def _rooms(program: Program, space: str, step: int) -> list[tuple[int, int]]:
-    """(first byte, end) of everything in `space` that `step` may use."""
-    if space == "arena":
-        return [(b.offset, b.offset + b.size) for b in program.buffers if b.first <= step <= b.last]
-    if space == "weights":
-        return [(c.offset, c.offset + c.data.nbytes) for c in program.constants]
-    return [(0, program.scratch_bytes)]
+            needed = size if size > 8 else 0  # one element may stand for none
+            if not has_room(arg, needed, i):
+                raise CheckError(f"step {i} has no {needed} bytes at {arg.space}+{arg.offset}", step.kernel)
