@@ -146,13 +146,14 @@ class _Grid:
     weights: int
     score: np.ndarray  # importance of each block
     nonzeros: np.ndarray  # of each block: the zeros that zeroing it adds
+    block: int  # weights of the largest block
 
 
 def _grid(weight: np.ndarray, rows: int, columns: int) -> _Grid:
     size = block_sums(np.ones(weight.shape, np.int64), rows, columns)
     score = block_sums(np.square(weight, dtype=np.float64), rows, columns) / size
     nonzeros = block_sums((weight != 0).astype(np.int64), rows, columns)
-    return _Grid(score.shape, weight.size, score.reshape(-1), nonzeros.reshape(-1))
+    return _Grid(score.shape, weight.size, score.reshape(-1), nonzeros.reshape(-1), int(size.max()))
 
 
 def _prefix(nonzeros: np.ndarray, more: float) -> int:
@@ -168,8 +169,8 @@ def _keep_by_layer(grids: Sequence[_Grid], sparsity: float) -> list[np.ndarray]:
         ordered = grid.nonzeros[order]
         more = sparsity * grid.weights + carry - (grid.weights - int(ordered.sum()))
         count = _prefix(ordered, more)
-        block = int(ordered.max())  # a layer with too many zeros does not make the next one denser
-        carry = float(np.clip(more - int(ordered[:count].sum()), -block, block))
+        # Clipped, so that a layer with too many zeros does not make the next one denser.
+        carry = float(np.clip(more - int(ordered[:count].sum()), -grid.block, grid.block))
         keep = np.ones(order.size, bool)
         keep[order[:count]] = False
         kept.append(keep)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sparsec.errors import RecipeError
@@ -103,6 +103,7 @@ layers_strategy = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
+@example(shapes=[(1, 1, 1), (1, 1, 1)], rows=1, columns=1, sparsity=0.75, scope="layer", seed=0)
 @given(
     shapes=layers_strategy,
     rows=st.sampled_from([1, 2, 4, 8]),
