@@ -11,9 +11,8 @@ from networks import networks
 from operators import operators
 from programs import agree, parse, routes
 
-from sparsec.runtimes.base import machine_arch
 from sparsec.runtimes.emulated import find_emulator
-from sparsec.targets import find_target
+from sparsec.targets import find_target, with_precision
 
 # Text of a graph, share of zeros, and the routes of its layers.
 GRAPHS: dict[str, tuple[str, float, dict[str, str]]] = {
@@ -282,10 +281,14 @@ def graph(text: str, zeros: float = 0.0) -> onnx.ModelProto:
     return parse(head + (f" <{', '.join(lines)}>" if lines else "") + brace + body, zeros)
 
 
-TARGETS = [find_target("host"), *([find_target("arm")] if machine_arch() != "aarch64" and find_emulator() else [])]
+ARM = [find_target("arm"), with_precision(find_target("arm"), "f16")] if find_emulator() else []
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def target_id(target):
+    return f"{target.name}-{target.precision}"
+
+
+@pytest.mark.parametrize("target", [find_target("host"), *ARM], ids=target_id)
 @pytest.mark.parametrize("name", GRAPHS)
 def test_rule(name, target):
     text, zeros, expected = GRAPHS[name]
@@ -306,7 +309,7 @@ def test_random_operators(model):
     agree(model)
 
 
-@pytest.mark.parametrize("target", TARGETS[1:], ids=lambda target: target.name)
+@pytest.mark.parametrize("target", ARM[:1], ids=target_id)
 @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 @given(model=networks(), others=operators())
 def test_random_models_on_arm(target, model, others):
