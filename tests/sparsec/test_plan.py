@@ -128,7 +128,8 @@ def test_a_value_has_one_shape():
 def test_names_of_ours_never_meet_the_graphs():
     """Node `n` has packed arrays called `n/bias`, `n/values`, `n/prepared`; the graph may use the same names."""
     model = parse("""g (float[1,3,6,6] x, float[5,3,3,3] w0, float[5] w1, float[1,5,1,1] w2, float[1,5,3,3] o)
-    => (float[1,5,3,3] y, float[1,5,3,3] u, float[1,5,3,3] v, float[1,5,3,3] z) { z = Mul(o, w2) y = Conv<pads=[1,1,1,1], strides=[2,2]>(x, w0, w1) p = Relu(o)
+    => (float[1,5,3,3] y, float[1,5,3,3] u, float[1,5,3,3] v, float[1,5,3,3] z) {
+        z = Mul(o, w2) y = Conv<pads=[1,1,1,1], strides=[2,2]>(x, w0, w1) p = Relu(o)
         u = Mul(p, y) v = Softmax<axis=1>(u)
     }""")  # fmt: skip
     for node, name in zip(model.graph.node, "anbcm", strict=False):
