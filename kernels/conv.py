@@ -179,7 +179,11 @@ class Tiling:
         rest = pixels % self.lanes
         if rest:
             parts.append(
-                (pixels - rest, min(self.lanes, max(self.narrow, 1 << (rest - 1).bit_length())) if rest > 1 else 1, rest)
+                (
+                    pixels - rest,
+                    min(self.lanes, max(self.narrow, 1 << (rest - 1).bit_length())) if rest > 1 else 1,
+                    rest,
+                )
             )
         return tuple(parts)
 

@@ -129,7 +129,9 @@ def bind(
                 return emit.splat(weights[base + k], lanes)
 
             first = {lanes: T.bind(weight(taps, lanes)) for lanes in sweep.lanes}
-            held = {(k, lanes): T.bind(weight(k, lanes)) for k in range(taps if resident else 0) for lanes in sweep.lanes}
+            held = {
+                (k, lanes): T.bind(weight(k, lanes)) for k in range(taps if resident else 0) for lanes in sweep.lanes
+            }
 
             def step(acc: Any, tap: Any, k: int, lanes: int) -> Any:
                 return acc + tap * (held[k, lanes] if resident else weight(k, lanes))
@@ -153,4 +155,6 @@ def bind(
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:10]
     text = f"depthwise {kernel} on {channels}x{height}x{width}, {activation.name}, residual {residual}"
     tiles = n * out_channels * sweep.bands
-    return KernelCall(f"{machine.named('depthwise_f32')}_{kernel}_{digest}", func, roles, {"weights": packed}, tiles, 0, text)
+    return KernelCall(
+        f"{machine.named('depthwise_f32')}_{kernel}_{digest}", func, roles, {"weights": packed}, tiles, 0, text
+    )

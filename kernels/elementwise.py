@@ -83,9 +83,7 @@ def spread(a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> tuple[Spread, 
     return ("row", count, count) if inner == 1 else ("channel", count, inner)
 
 
-def reference(
-    op: Op, a: np.ndarray, b: np.ndarray, activation: Activation = NONE, swapped: bool = False
-) -> np.ndarray:
+def reference(op: Op, a: np.ndarray, b: np.ndarray, activation: Activation = NONE, swapped: bool = False) -> np.ndarray:
     """`act(a op b)` with NumPy's broadcasting, in float64."""
     left, right = (b, a) if swapped else (a, b)
     return reference_activation(activation, _OPS[op](left.astype(np.float64), right.astype(np.float64)))

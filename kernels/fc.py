@@ -49,7 +49,9 @@ class Format:
 def _format(rows: int, columns: int) -> Format:
     block = f"{rows}x{columns}"
     text = "fully connected, unstructured zeros" if block == "1x1" else f"fully connected, {block} blocks of zeros"
-    return Format(f"fc_f32_{block}", "Gemm, MatMul", block, "float32", rows, columns, text, "constant weight, K <= 65,536")
+    return Format(
+        f"fc_f32_{block}", "Gemm, MatMul", block, "float32", rows, columns, text, "constant weight, K <= 65,536"
+    )
 
 
 TABLE: tuple[Format, ...] = tuple(_format(r, c) for r, c in ((1, 1), (4, 1), (8, 1), (16, 1), (1, 4), (4, 4), (8, 4)))
@@ -190,7 +192,9 @@ def bind(
     sizes = {"x": m * k, "y": m * n, "residual": m * n, "scratch": k * pitch}
     roles = ["x", "y", *(["residual"] if residual != "none" else []), *constants, *([] if few else ["scratch"])]
     arguments = [
-        (role, constants[role].size, str(constants[role].dtype)) if role in constants else (role, sizes[role], machine.element)
+        (role, constants[role].size, str(constants[role].dtype))
+        if role in constants
+        else (role, sizes[role], machine.element)
         for role in roles
     ]
 
@@ -238,7 +242,9 @@ def bind(
     longest = int(np.diff(packed.pointers).max()) * packed.columns
     facts = (m, n, k, packed.blocks, machine.chain(longest), packed.rows, packed.columns, activation, residual, machine)
     name = f"{machine.named(form.name)}_{hashlib.sha256(repr(facts).encode()).hexdigest()[:10]}"
-    text = f"{m}x{k} times {k}x{n}, {form.format} blocks, {packed.blocks} stored, {activation.name}, residual {residual}"
+    text = (
+        f"{m}x{k} times {k}x{n}, {form.format} blocks, {packed.blocks} stored, {activation.name}, residual {residual}"
+    )
     return KernelCall(name, func, tuple(roles), constants, row_tiles * chunks, scratch, text)
 
 

@@ -136,9 +136,7 @@ def ranked_tilings(machine: Machine, m: int, k: int, n: int) -> list[tuple[float
         stream = weights / (machine.l2_bytes_per_cycle * machine.ghz * 1e3)
     else:
         stream = weights / (machine.memory_gbps * 1e3)
-    return [
-        (max(cycles / (machine.ghz * 1e3), stream), tiling) for cycles, tiling in _ranked_cycles(machine, m, k, n)
-    ]
+    return [(max(cycles / (machine.ghz * 1e3), stream), tiling) for cycles, tiling in _ranked_cycles(machine, m, k, n)]
 
 
 def predict_us(machine: Machine, m: int, k: int, n: int) -> float:
@@ -315,7 +313,9 @@ def bind(
     sizes = {"x": m * k, "y": m * n, "residual": m * n, "weights": packed.size}
     roles = ("x", "y", "residual", "weights") if residual != "none" else ("x", "y", "weights")
     func = emit.function([(role, sizes[role], machine.element) for role in roles], body)
-    name = _name(machine.named(f"gemm_f32_dense_{tiling.rows}x{tiling.width}"), m, k, n, tiling, activation, residual, machine)
+    name = _name(
+        machine.named(f"gemm_f32_dense_{tiling.rows}x{tiling.width}"), m, k, n, tiling, activation, residual, machine
+    )
     text = f"{m}x{k} times {k}x{n}, tiles {tiling.rows}x{tiling.width}, {activation.name}, residual {residual}"
     return KernelCall(name, func, roles, {"weights": packed}, row_blocks * column_blocks, 0, text)
 
@@ -323,9 +323,7 @@ def bind(
 # --- two activations -------------------------------------------------------------------------------------------------
 
 
-def transpose_panel(
-    source: Any, row_at: Callable[[int], Any], rows: int, depth: int, panel: Any, pitch: int
-) -> None:
+def transpose_panel(source: Any, row_at: Callable[[int], Any], rows: int, depth: int, panel: Any, pitch: int) -> None:
     """panel[k * pitch + i] = source[row_at(i) + k] for i < rows, k < depth: squares of 4 x 4 through registers."""
 
     def square(k: Any, i: int) -> None:
@@ -424,7 +422,11 @@ def bind_matmul(
 
     b_size = (1 if b_shared else batch) * k * n
     element = machine.element
-    arguments = [("a", (1 if a_shared else batch) * m * k, element), ("b", b_size, element), ("y", batch * m * n, element)]
+    arguments = [
+        ("a", (1 if a_shared else batch) * m * k, element),
+        ("b", b_size, element),
+        ("y", batch * m * n, element),
+    ]
     if transposed:
         arguments.append(("scratch", scratch // machine.item, element))
     func = emit.function(arguments, body)

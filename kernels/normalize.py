@@ -128,7 +128,9 @@ def bind_softmax(machine: Machine, *, rows: int, count: int) -> KernelCall:
 
             def power(at: Any, valid: int) -> Any:
                 value = emit.registers(1, row.lanes)
-                T.buffer_store(value, exp(emit.load_float(x, base + at, row.lanes) - emit.splat(top[0], row.lanes)), [0])
+                T.buffer_store(
+                    value, exp(emit.load_float(x, base + at, row.lanes) - emit.splat(top[0], row.lanes)), [0]
+                )
                 emit.store(y, base + at, emit.convert(value[0], element), row.lanes, valid)
                 return value[0]
 

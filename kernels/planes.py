@@ -271,7 +271,15 @@ def emit_sweep(sweep: Sweep, x: Any, x_base: Any, y: Any, y_base: Any, band: Any
 
 
 def _group(
-    sweep: Sweep, x: Any, x_base: Any, y: Any, y_base: Any, row: Any, rows: int, last_row: int | None, reduction: Reduction
+    sweep: Sweep,
+    x: Any,
+    x_base: Any,
+    y: Any,
+    y_base: Any,
+    row: Any,
+    rows: int,
+    last_row: int | None,
+    reduction: Reduction,
 ) -> None:
     """One row group: `row` is a number, or an expression of an interior group, the last of which starts at `last_row`."""
     left, right = sweep.interior_columns()

@@ -78,9 +78,7 @@ def reference(
     bottom = max(0, (oh - 1) * sh + (window.kernel[0] - 1) * dh + 1 - window.height - top)
     right = max(0, (ow - 1) * sw + (window.kernel[1] - 1) * dw + 1 - window.width - left)
     fill = -np.inf if mode == "max" else 0.0
-    padded = np.pad(
-        x.astype(np.float64), ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=fill
-    )
+    padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=fill)
     y = np.full((*x.shape[:2], oh, ow), fill)
     for kh in range(window.kernel[0]):
         for kw in range(window.kernel[1]):
@@ -164,9 +162,7 @@ def reference_global(mode: Mode, x: np.ndarray, activation: Activation = NONE) -
     return reference_activation(activation, x.mean(axis=1) if mode == "average" else x.max(axis=1))
 
 
-def bind_global(
-    machine: Machine, mode: Mode, *, rows: int, count: int, activation: Activation = NONE
-) -> KernelCall:
+def bind_global(machine: Machine, mode: Mode, *, rows: int, count: int, activation: Activation = NONE) -> KernelCall:
     """The call for the mean or maximum of each of `rows` runs of `count` elements: x [N, C, H, W] has N * C rows.
 
     Roles (x, y). Tiles: 16 rows each, the last fewer.
@@ -190,7 +186,9 @@ def bind_global(
             if count // stride > 1:
                 with T.serial(1, count // stride) as i:
                     for c in range(chains):
-                        T.buffer_store(acc, combine(acc[c], emit.load_float(x, base + i * stride + c * lanes, lanes)), [c])
+                        T.buffer_store(
+                            acc, combine(acc[c], emit.load_float(x, base + i * stride + c * lanes, lanes)), [c]
+                        )
             done = count // stride * stride
             while count - done >= lanes:
                 T.buffer_store(acc, combine(acc[0], emit.load_float(x, base + done, lanes)), [0])

@@ -41,7 +41,9 @@ def resolve_ceil_mode(node: ir.Node, shape: tuple[int, ...]) -> bool:
         grown |= windows != free // s + 1
     if not wrong:
         return False
-    counted = node.op_type != "MaxPool" and (node.op_type == "LpPool" or node.attributes.get_int("count_include_pad", 0))
+    counted = node.op_type != "MaxPool" and (
+        node.op_type == "LpPool" or node.attributes.get_int("count_include_pad", 0)
+    )
     longer = [max(e, after) for e, after in zip(exact, end, strict=True)]
     if not (grown and counted) and all(e < k for e, k in zip(longer, kernel, strict=True)):
         node.attributes["ceil_mode"] = ir.AttrInt64("ceil_mode", 0)

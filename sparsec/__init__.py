@@ -1,7 +1,7 @@
 """sparsec: an ONNX graph-rewriting compiler for edge deployment.
 
-    artifact = sparsec.compile("model.onnx", target="arm", passes=["prune:sparsity=0.8,block=4x1"], output="out/")
-    outputs = artifact.run({"x": array})
+artifact = sparsec.compile("model.onnx", target="arm", passes=["prune:sparsity=0.8,block=4x1"], output="out/")
+outputs = artifact.run({"x": array})
 """
 
 from __future__ import annotations

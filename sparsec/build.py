@@ -296,4 +296,3 @@ def _archive(work: Path, prefix: str, objects: Sequence[str], path: Path) -> Non
         (folder / name).write_bytes(renamed)
     run_zig(["ar", "rcsD", "libmodel.a", *sorted(contents)], folder)
     path.write_bytes((folder / "libmodel.a").read_bytes())
-

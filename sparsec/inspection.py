@@ -133,7 +133,10 @@ def print_report(result: Mapping[str, Any], console: Console, verbose: bool = Fa
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(f"{result['model']} for {result['target']} ({result['cpu']}, {result['precision']})"), title_justify="left")
+    table = Table(
+        title=escape(f"{result['model']} for {result['target']} ({result['cpu']}, {result['precision']})"),
+        title_justify="left",
+    )
     for column in ("layer", "op", "shape", "zeros", "structure", "kernel", "bytes", "predicted us", "why"):
         right = column in ("zeros", "bytes", "predicted us")
         table.add_column(column, justify="right" if right else "left", overflow="fold")

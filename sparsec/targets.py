@@ -177,9 +177,7 @@ def with_precision(target: Target, precision: str) -> Target:
     if precision == "f32":
         return replace(target, machine=target.machine.single())
     if not _HALF & set(target.features):
-        able = {
-            name: [cpu for cpu in cpu_names(name) if _HALF & set(_cpu(cpu)["features"])] for name in target_names()
-        }
+        able = {name: [cpu for cpu in cpu_names(name) if _HALF & set(_cpu(cpu)["features"])] for name in target_names()}
         way = "; or ".join(f"--target {name} with --cpu {', '.join(cpus)}" for name, cpus in able.items() if cpus)
         raise TargetError(f"cpu {target.cpu!r} has no float16 arithmetic; use {way}", "--precision")
     return replace(target, machine=target.machine.half())

@@ -15,7 +15,9 @@ from sparsec.targets import Target
 class Layer:
     """A bound layer with the arrays of its roles and what it should give."""
 
-    def __init__(self, call: KernelCall, expected: np.ndarray, tolerance: float | np.ndarray, **activations: np.ndarray):
+    def __init__(
+        self, call: KernelCall, expected: np.ndarray, tolerance: float | np.ndarray, **activations: np.ndarray
+    ):
         self.call, self.expected, self.tolerance = call, expected, tolerance
         self.activations = activations
 
@@ -61,4 +63,6 @@ def check_layers(layers: Sequence[Layer], target: Target) -> None:
             y.array[...] = 12345.0
             _tiles(library, call.name, rooms, 0, call.tiles // 2)
             _tiles(library, call.name, rooms, call.tiles // 2 + 1, call.tiles)
-            assert (y.array[written] == 12345.0).all(), f"{call.text}: other tiles write what tile {call.tiles // 2} owns"
+            assert (y.array[written] == 12345.0).all(), (
+                f"{call.text}: other tiles write what tile {call.tiles // 2} owns"
+            )

@@ -53,12 +53,15 @@ class _Network:
 
     def conv(self, x: str) -> None:
         n, c, h, w = self.values[x]
-        kernel = self.among([k for k in ((1, 1), (1, 1), (3, 3), (1, 3), (2, 2), (5, 3)) if k[0] <= h + 2 and k[1] <= w + 2])
+        kernel = self.among(
+            [k for k in ((1, 1), (1, 1), (3, 3), (1, 3), (2, 2), (5, 3)) if k[0] <= h + 2 and k[1] <= w + 2]
+        )
         strides = (self.number(1, 2), self.number(1, 2))
         pads = [self.number(0, kernel[i % 2] // 2) for i in range(4)]
         dilation = self.number(1, 2)
         out = [
-            (size + pads[i] + pads[i + 2] - dilation * (kernel[i] - 1) - 1) // strides[i] + 1 for i, size in enumerate((h, w))
+            (size + pads[i] + pads[i + 2] - dilation * (kernel[i] - 1) - 1) // strides[i] + 1
+            for i, size in enumerate((h, w))
         ]
         if min(out) < 1:
             return
@@ -67,7 +70,9 @@ class _Network:
         inputs = [x, self.weight(rows, c // group, *kernel)]
         if self.number(0, 1):
             inputs.append(self.constant(self.rng.standard_normal(rows).astype("f")))
-        self.add("Conv", inputs, (n, rows, *out), strides=strides, pads=pads, dilations=(dilation, dilation), group=group)
+        self.add(
+            "Conv", inputs, (n, rows, *out), strides=strides, pads=pads, dilations=(dilation, dilation), group=group
+        )
 
     def pool(self, x: str) -> None:
         n, c, h, w = self.values[x]

@@ -75,7 +75,13 @@ class _Bag:
         a, b = ([k, m] if flags["transA"] else [m, k]), ([n, k] if flags["transB"] else [k, n])
         c = self.among(None, [n], [1], [1, n], [m, 1], [m, n], [])
         extra = [] if c is None else [self.either(c)]
-        self.add("Gemm", [self.input(a), self.either(b), *extra], alpha=self.among(1.0, 0.5), beta=self.among(1.0, 2.0), **flags)
+        self.add(
+            "Gemm",
+            [self.input(a), self.either(b), *extra],
+            alpha=self.among(1.0, 0.5),
+            beta=self.among(1.0, 2.0),
+            **flags,
+        )
 
     def conv(self) -> None:
         rank, group = self.number(1, 2), self.among(1, 1, 2, 3)
@@ -118,9 +124,13 @@ class _Bag:
             end = self.number(start + 1, shape[axis])
             back = self.number(0, 4) == 0
             starts.append(end - 1 if back else self.among(start, start - shape[axis]))
-            ends.append((start - 1 if start else -(2**40)) if back else self.among(end, 2**40 if end == shape[axis] else end))
+            ends.append(
+                (start - 1 if start else -(2**40)) if back else self.among(end, 2**40 if end == shape[axis] else end)
+            )
             steps.append(-1 if back else self.among(1, 1, 2))
-        parts = [starts, ends, [self.among(a, a - len(shape)) for a in axes]] + ([steps] if max(steps) > 1 or min(steps) < 0 else [])
+        parts = [starts, ends, [self.among(a, a - len(shape)) for a in axes]] + (
+            [steps] if max(steps) > 1 or min(steps) < 0 else []
+        )
         self.add("Slice", [self.input(shape), *(self.constant(p, np.int64) for p in parts)])
 
     def split(self) -> None:
@@ -156,7 +166,9 @@ class _Bag:
         self.add("LayerNormalization", [self.input(shape), *parts], axis=axis)
 
     def activation(self) -> None:
-        kind = self.among("Relu", "LeakyRelu", "HardSwish", "Sigmoid", "Tanh", "Gelu", "Elu", "Softplus", "Mish", "Abs", "Neg")
+        kind = self.among(
+            "Relu", "LeakyRelu", "HardSwish", "Sigmoid", "Tanh", "Gelu", "Elu", "Softplus", "Mish", "Abs", "Neg"
+        )
         self.add(kind, [self.input(self.shape(0, 4, 9))])
 
     def pad(self) -> None:

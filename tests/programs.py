@@ -107,7 +107,9 @@ def run_program(program: Program, feeds: Mapping[str, np.ndarray], splits: int =
     return outputs
 
 
-def agree(model: onnx.ModelProto, target: Target | None = None, feeds: Mapping[str, np.ndarray] | None = None) -> Program:
+def agree(
+    model: onnx.ModelProto, target: Target | None = None, feeds: Mapping[str, np.ndarray] | None = None
+) -> Program:
     """Lower and run `model`, compare every output with ONNX Runtime's on the same model; the program."""
     loaded = load_model(model)
     target = target or find_target("host")

@@ -34,7 +34,11 @@ MODES = {
 
 
 def prepare(
-    program: Program, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray], tolerances: Sequence[float], folder: Path
+    program: Program,
+    inputs: Sequence[np.ndarray],
+    outputs: Sequence[np.ndarray],
+    tolerances: Sequence[float],
+    folder: Path,
 ) -> None:
     """Everything that a build needs, into `folder`: runtime, tables, kernels, weights, one sample."""
     runtime_sources(folder)
@@ -54,7 +58,19 @@ def check(folder: Path, mode: str) -> tuple[int, str]:
     tool = ["valgrind", "--quiet", "--leak-check=full", "--show-leak-kinds=all", "--errors-for-leak-kinds=all"]
     tool = [*tool, "--error-exitcode=99"] if mode == "valgrind" else []
     for main, arguments in (("check.c", ["weights.bin", "inputs"]), ("bench.c", ["--runs", "2", "--threads", "4"])):
-        command = ["gcc", *WARNINGS, "-g", *MODES[mode], main, *runtime, "kernels.o", "-o", f"run-{mode}", "-lm", "-lpthread"]
+        command = [
+            "gcc",
+            *WARNINGS,
+            "-g",
+            *MODES[mode],
+            main,
+            *runtime,
+            "kernels.o",
+            "-o",
+            f"run-{mode}",
+            "-lm",
+            "-lpthread",
+        ]
         built = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if built.returncode:
             return built.returncode, built.stderr

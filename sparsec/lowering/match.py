@@ -20,7 +20,17 @@ import onnx_ir as ir
 from sparsec.kernels.epilogue import NONE, Activation, Residual
 
 _UNARY = ("Relu", "Clip", "LeakyRelu", "HardSwish", "HardSigmoid", "Sigmoid", "Tanh", "Gelu")
-_CONE = ("Mul", "Div", "Add", "Erf", "Tanh", "Pow", "Clip", "Sigmoid", "HardSigmoid")  # what decomposed activations are made of
+_CONE = (
+    "Mul",
+    "Div",
+    "Add",
+    "Erf",
+    "Tanh",
+    "Pow",
+    "Clip",
+    "Sigmoid",
+    "HardSigmoid",
+)  # what decomposed activations are made of
 _CONE_NODES = 9
 VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")  # the same elements in the same order
 

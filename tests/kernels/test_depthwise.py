@@ -75,13 +75,17 @@ def test_one_column_planes_use_full_vectors(target):
 
 
 def test_few_planes_are_cut_into_bands(target):
-    cases = [layer(target.machine, (1, 2, h, w), (3, 3), strides=(s, s)) for h, w in ((40, 40), (41, 6)) for s in (1, 2)]
+    cases = [
+        layer(target.machine, (1, 2, h, w), (3, 3), strides=(s, s)) for h, w in ((40, 40), (41, 6)) for s in (1, 2)
+    ]
     assert all(case.call.tiles > 2 for case in cases)
     check_layers(cases, target)
 
 
 def test_pads_larger_than_the_plane(target):
-    check_layers([layer(target.machine, (1, 16, 3, 3), (3, 3), pads=(5, 4, 3, 6), strides=s) for s in ((1, 1), (2, 2))], target)
+    check_layers(
+        [layer(target.machine, (1, 16, 3, 3), (3, 3), pads=(5, 4, 3, 6), strides=s) for s in ((1, 1), (2, 2))], target
+    )
 
 
 def test_columns_cover_each_output_once():

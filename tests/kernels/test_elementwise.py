@@ -32,7 +32,9 @@ def test_every_spread(target, op):
 
 
 def test_sizes_around_the_vector(target):
-    check_layers([layer(target.machine, "add", (n,), (n,)) for n in (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33)], target)
+    check_layers(
+        [layer(target.machine, "add", (n,), (n,)) for n in (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33)], target
+    )
 
 
 def test_activations_alone(target):

@@ -88,7 +88,9 @@ def test_a_single_large_product_splits_over_threads():
 def test_prediction_grows_with_work_and_favours_full_tiles():
     machine = find_target("host", "x86-64-v4").machine
     assert gemm.predict_us(machine, 64, 256, 256) < gemm.predict_us(machine, 64, 512, 256)
-    assert gemm.choose_tiling(machine, 197, 192, 768)[0].rows * gemm.choose_tiling(machine, 197, 192, 768)[0].vectors >= 20
+    assert (
+        gemm.choose_tiling(machine, 197, 192, 768)[0].rows * gemm.choose_tiling(machine, 197, 192, 768)[0].vectors >= 20
+    )
 
 
 @settings(max_examples=30, deadline=None)

@@ -64,16 +64,26 @@ def test_means_of_planes(target, mode):
 @pytest.mark.parametrize("ceil", [False, True])
 def test_reference_is_what_onnxruntime_computes(include_pad, ceil):
     """The definition in `pool.reference` itself: output size, counts at the border."""
-    for mode, size, kernel, stride, pad in [("average", 9, 2, 2, 0), ("average", 12, 3, 2, 1), ("max", 12, 3, 2, 1), ("max", 7, 3, 3, 1)]:
+    for mode, size, kernel, stride, pad in [
+        ("average", 9, 2, 2, 0),
+        ("average", 12, 3, 2, 1),
+        ("max", 12, 3, 2, 1),
+        ("max", 7, 3, 3, 1),
+    ]:
         x = np.random.default_rng(size).standard_normal((1, 2, size, size)).astype(np.float32)
         extra = {"count_include_pad": int(include_pad)} if mode == "average" else {}
         node = helper.make_node(
             "MaxPool" if mode == "max" else "AveragePool", ["x"], ["y"], kernel_shape=[kernel] * 2, strides=[stride] * 2,
             pads=[pad] * 4, ceil_mode=int(ceil), **extra,
         )  # fmt: skip
-        value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", x.shape), ("y", None))]
+        value = [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+            for name, shape in (("x", x.shape), ("y", None))
+        ]
         model = helper.make_model(
-            helper.make_graph([node], "g", value[:1], value[1:]), opset_imports=[helper.make_opsetid("", 19)], ir_version=9
+            helper.make_graph([node], "g", value[:1], value[1:]),
+            opset_imports=[helper.make_opsetid("", 19)],
+            ir_version=9,
         )
         session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         expected = session.run(None, {"x": x})[0]

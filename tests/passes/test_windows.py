@@ -40,7 +40,9 @@ def test_windows_of_two_axes(op, counted):
             continue
         np.testing.assert_array_equal(onnx_runtime(model_bytes(loaded), feeds)["y"], expected)
     # A gap behind one axis' last window, and windows beyond the counted padding of the other: no pads say both.
-    assert not refused or (counted and all((3, 1, 3, (0, 0), 1) in axes or (4, 1, 2, (0, 0), 1) in axes for axes in refused))
+    assert not refused or (
+        counted and all((3, 1, 3, (0, 0), 1) in axes or (4, 1, 2, (0, 0), 1) in axes for axes in refused)
+    )
 
 
 def test_a_pooling_without_trouble_is_left_alone():

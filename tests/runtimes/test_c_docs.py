@@ -37,7 +37,18 @@ def test_jni_code_compiles_and_links(tmp_path):
     (tmp_path / "classifier.c").write_text(code)
     (tmp_path / "jni.h").write_text(JNI)
     flags = ["-target", "aarch64-linux-android", "-std=c11", "-Wall", "-Wextra", "-Wconversion", "-Werror", "-I."]
-    command = [sys.executable, "-m", "ziglang", "cc", *flags, "-fPIC", "-fno-sanitize=all", "-fno-stack-protector", "-c", "classifier.c"]
+    command = [
+        sys.executable,
+        "-m",
+        "ziglang",
+        "cc",
+        *flags,
+        "-fPIC",
+        "-fno-sanitize=all",
+        "-fno-stack-protector",
+        "-c",
+        "classifier.c",
+    ]
     subprocess.run([*command, "-o", "classifier.o"], cwd=tmp_path, check=True)
     command = [sys.executable, "-m", "ziglang", "cc", *flags[:2], "-shared", "-nostdlib", "-s", "-Wl,-z,undefs"]
     subprocess.run([*command, "classifier.o", "libmodel.a", "-o", "classifier.so"], cwd=tmp_path, check=True)

@@ -245,7 +245,9 @@ def test_an_error_leaves_nothing(tmp_path, options, error):
 
 
 def test_what_cannot_be_compiled_is_listed_together():
-    model = parse("g (float[2,3] x) => (string[2,3] y, float[2,3] z, string[2,3] u) { y = Cast<to=8>(x) z = Relu(x) u = Cast<to=8>(z) }")
+    model = parse(
+        "g (float[2,3] x) => (string[2,3] y, float[2,3] z, string[2,3] u) { y = Cast<to=8>(x) z = Relu(x) u = Cast<to=8>(z) }"
+    )
     with pytest.raises(UnsupportedError, match=r"'y'.*'u'"):
         sparsec.compile(model)
 

@@ -90,7 +90,9 @@ def test_activation(body):
     assert group.activation.kind == expected.kind
     assert (group.activation.alpha, group.activation.beta) == pytest.approx((expected.alpha, expected.beta))
     assert group.output.name == "y"
-    assert len(group.nodes) == 1 + body.count("=") - body.count("alpha=") - body.count("beta=") - body.count("approximate=")
+    assert len(group.nodes) == 1 + body.count("=") - body.count("alpha=") - body.count("beta=") - body.count(
+        "approximate="
+    )
     assert group.residual == "none"
 
 
@@ -233,7 +235,9 @@ def test_nothing_is_fused_into_two_layers():
     agree(alone)
 
 
-@pytest.mark.parametrize("body", [*HARDSWISH.values(), *GELU.values(), *GELU_TANH.values(), "s = Sigmoid(c) y = Mul(c, s)"])
+@pytest.mark.parametrize(
+    "body", [*HARDSWISH.values(), *GELU.values(), *GELU_TANH.values(), "s = Sigmoid(c) y = Mul(c, s)"]
+)
 def test_an_activation_alone_is_one_layer(body):
     """The same forms, behind an input instead of a layer."""
     text = f"g (float[3,7] c) => (float[3,7] y) {''.join(NUMBERS.splitlines())} {{ {body.replace('three4', 'three')} }}"

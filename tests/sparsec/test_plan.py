@@ -194,7 +194,9 @@ def test_an_input_is_copied_into_a_join():
 
 
 def test_a_join_of_one():
-    program_of("g (float[1,3,5] x) => (float[1,3,5] y, float[1,3,5] z) { y = Concat<axis=1>(x) a = Relu(x) z = Concat<axis=1>(a) }")
+    program_of(
+        "g (float[1,3,5] x) => (float[1,3,5] y, float[1,3,5] z) { y = Concat<axis=1>(x) a = Relu(x) z = Concat<axis=1>(a) }"
+    )
 
 
 def test_parts_of_one_value_joined_in_another_order():
@@ -206,11 +208,13 @@ def test_parts_of_one_value_joined_in_another_order():
 
 def test_a_join_of_views():
     """What is joined is a Reshape of what a layer wrote; odd sizes, so that parts begin anywhere."""
-    program = program_of("""g (float[1,3,3,3] x, float[5,3,1,1] w0) => (float[1,73] y, float[5,9] q) <int64[2] flat = {1, -1},
+    program = program_of(
+        """g (float[1,3,3,3] x, float[5,3,1,1] w0) => (float[1,73] y, float[5,9] q) <int64[2] flat = {1, -1},
         int64[2] pixels = {-1, 9}> {
         a = Conv(x, w0) b = Reshape(a, flat) t = Tanh(x) c = Reshape(t, flat) d = Concat<axis=1>(b, c)
         q = Reshape(a, pixels) e = Sigmoid(d) s = Slice(e, zero, end, axis) y = Concat<axis=1>(s, d)
-    }""".replace("<int64[2] flat", "<int64[1] zero = {5}, int64[1] end = {6}, int64[1] axis = {1}, int64[2] flat"))
+    }""".replace("<int64[2] flat", "<int64[1] zero = {5}, int64[1] end = {6}, int64[1] axis = {1}, int64[2] flat")
+    )
     assert copies(program) >= 1
 
 
@@ -297,7 +301,11 @@ def test_the_comparison_can_fail(program):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 400), st.lists(st.integers(0, 40), min_size=1, max_size=3)), min_size=1, max_size=30))
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 400), st.lists(st.integers(0, 40), min_size=1, max_size=3)), min_size=1, max_size=30
+    )
+)
 def test_living_values_never_overlap(nodes):
     """A chain of random reads: `check` passes, and no place is larger than all values together."""
     calls = Calls(TARGET.machine)

@@ -73,7 +73,9 @@ def price_product(machine: Machine, m: int, w: np.ndarray) -> Prices:
     structure = detect_structure(w[:, :, None, None])
     n, k = w.shape
     dense = gemm.TABLE[0]
-    ways = [Way(machine.named(dense.name), False, us, dense, tiling) for us, tiling in gemm.ranked_tilings(machine, m, k, n)]
+    ways = [
+        Way(machine.named(dense.name), False, us, dense, tiling) for us, tiling in gemm.ranked_tilings(machine, m, k, n)
+    ]
     stored = {}
     if structure.zeros >= SPARSE_FROM and fc.refusal(w.shape) is None:
         for form in fc.TABLE:
