@@ -62,8 +62,9 @@ class Machine:
         return text.replace("_f32", "_f16") if self.element == "float16" else text
 
     def array(self, values: np.ndarray) -> np.ndarray:
-        """Weights rounded to `element`."""
-        return np.ascontiguousarray(values, self.element)
+        """Weights rounded to `element`; lowering refuses those beyond its range."""
+        with np.errstate(over="ignore"):
+            return np.ascontiguousarray(values, self.element)
 
 
 @dataclass(frozen=True)

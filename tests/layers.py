@@ -23,8 +23,9 @@ class Layer:
 
     def rooms(self, first: bool = False) -> list[Room]:
         """One buffer for each role; outputs and scratch start as NaN. `first`: nothing can be read in front of them."""
-        arrays = {**self.activations, **self.call.constants, "y": np.full(self.expected.shape, np.nan, np.float32)}
-        arrays["scratch"] = np.full(self.call.scratch // 4, np.nan, np.float32)
+        element = str(self.call.func.params[self.call.roles.index("y")].dtype)
+        arrays = {**self.activations, **self.call.constants, "y": np.full(self.expected.shape, np.nan, element)}
+        arrays["scratch"] = np.full(self.call.scratch // np.dtype(element).itemsize, np.nan, element)
         return [Room(arrays[role], first) for role in self.call.roles]
 
 
@@ -51,18 +52,18 @@ def check_layers(layers: Sequence[Layer], target: Target) -> None:
         whole = y.array.copy()
         rooms = layer.rooms(first=True)
         y = rooms[call.roles.index("y")]
-        y.array[...] = 12345.0
+        y.array[...] = 12344.0
         _tiles(library, call.name, rooms, call.tiles // 2, call.tiles // 2 + 1)
         first = y.array.copy()
-        y.array[...] = 54321.0
+        y.array[...] = 54304.0
         _tiles(library, call.name, rooms, call.tiles // 2, call.tiles // 2 + 1)
         written = first == y.array  # elements that did not keep their fill
         assert written.any(), f"{call.text}: tile {call.tiles // 2} writes nothing"
         np.testing.assert_array_equal(first[written], whole[written], err_msg=f"{call.text}: a tile alone")
         if call.tiles > 1:
-            y.array[...] = 12345.0
+            y.array[...] = 12344.0
             _tiles(library, call.name, rooms, 0, call.tiles // 2)
             _tiles(library, call.name, rooms, call.tiles // 2 + 1, call.tiles)
-            assert (y.array[written] == 12345.0).all(), (
+            assert (y.array[written] == 12344.0).all(), (
                 f"{call.text}: other tiles write what tile {call.tiles // 2} owns"
             )

@@ -91,7 +91,7 @@ class Calls:
         held = self.held.setdefault(name, {})
         if element not in held:
             held[element] = self.fresh(name)
-            self.constants[held[element]] = array.astype(element)
+            self.constants[held[element]] = self.machine.array(array)
         return held[element]
 
     def _cast(self, name: str, source_type: str, source: str, target: str, target_type: str) -> None:
