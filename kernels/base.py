@@ -68,6 +68,18 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Format:
+    """A row of a family's table: what a variant computes, how its weights are stored, what it requires."""
+
+    name: str
+    op: str
+    format: str
+    dtype: str
+    text: str
+    requires: str = ""
+
+
+@dataclass(frozen=True)
 class KernelCall:
     """One layer bound to one kernel.
 

@@ -11,28 +11,14 @@ Source: register tiles of several output rows as in XNNPACK's dwconv2d-chw kerne
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from tvm.tirx.script.builder import ir as T
 
 from sparsec.kernels import emit, planes
-from sparsec.kernels.base import KernelCall, Machine
+from sparsec.kernels.base import Format, KernelCall, Machine
 from sparsec.kernels.epilogue import NONE, Activation, Residual, finish, reference_finish
-
-
-@dataclass(frozen=True)
-class Format:
-    """A row of the table."""
-
-    name: str
-    op: str
-    format: str
-    dtype: str
-    text: str
-    requires: str
-
 
 TABLE: tuple[Format, ...] = (
     Format("depthwise_f32", "Conv", "dense", "float32", "depthwise convolution on planes, one channel a tile",

@@ -14,32 +14,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from tvm.tirx.script.builder import ir as T
 
 from sparsec.kernels import emit
-from sparsec.kernels.base import KernelCall, Machine
+from sparsec.kernels.base import Format, KernelCall, Machine
 from sparsec.kernels.epilogue import NONE, Activation, activate
 from sparsec.kernels.epilogue import reference as reference_activation
 
 Op = Literal["add", "sub", "mul", "div"]
 Spread = Literal["same", "channel", "row", "scalar"]
 TILE = 4096  # elements: 16 KB in, 16 KB out
-
-
-@dataclass(frozen=True)
-class Format:
-    """A row of the table."""
-
-    name: str
-    op: str
-    format: str
-    dtype: str
-    text: str
-    requires: str
 
 
 TABLE: tuple[Format, ...] = (

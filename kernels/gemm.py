@@ -23,21 +23,8 @@ import numpy as np
 from tvm.tirx.script.builder import ir as T
 
 from sparsec.kernels import emit
-from sparsec.kernels.base import KernelCall, Machine
+from sparsec.kernels.base import Format, KernelCall, Machine
 from sparsec.kernels.epilogue import NONE, Activation, Residual, finish, reference_finish
-
-
-@dataclass(frozen=True)
-class Format:
-    """A row of the table."""
-
-    name: str
-    op: str
-    format: str
-    dtype: str
-    text: str
-    requires: str
-
 
 TABLE: tuple[Format, ...] = (
     Format("gemm_f32_dense", "Gemm, MatMul", "dense", "float32", "rows times a constant weight", "constant weight, rank 2"),

@@ -12,31 +12,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from tvm.tirx.script.builder import ir as T
 
 from sparsec.kernels import emit
-from sparsec.kernels.base import KernelCall, Machine
+from sparsec.kernels.base import Format, KernelCall, Machine
 from sparsec.kernels.epilogue import exp
 from sparsec.kernels.pool import reduce_lanes
 
 ROWS = 8  # rows a tile
 CHAINS = 4  # accumulators
-
-
-@dataclass(frozen=True)
-class Format:
-    """A row of the table."""
-
-    name: str
-    op: str
-    format: str
-    dtype: str
-    text: str
-    requires: str
 
 
 TABLE: tuple[Format, ...] = (

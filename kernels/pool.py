@@ -12,30 +12,17 @@ count and a column count, whose reciprocals are stored: `scales[oy]`, then `scal
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from tvm.tirx.script.builder import ir as T
 
 from sparsec.kernels import emit, planes
-from sparsec.kernels.base import KernelCall, Machine
+from sparsec.kernels.base import Format, KernelCall, Machine
 from sparsec.kernels.epilogue import NONE, Activation, activate
 from sparsec.kernels.epilogue import reference as reference_activation
 
 Mode = Literal["max", "average"]
-
-
-@dataclass(frozen=True)
-class Format:
-    """A row of the table."""
-
-    name: str
-    op: str
-    format: str
-    dtype: str
-    text: str
-    requires: str
 
 
 TABLE: tuple[Format, ...] = (

@@ -1,6 +1,6 @@
 """DATA: samples for calibration and verification, from an `.npz`, a folder of images, or arrays in memory.
 
-Rules (DESIGN section 4). An `.npz` is keyed by input name and holds N preprocessed samples of the input's shape: where
+Rules. An `.npz` is keyed by input name and holds N preprocessed samples of the input's shape: where
 the input's first dimension is 1, N replaces it, else N stands before it; a first axis of 1 serves every sample; a
 missing input is zeros; `label`, optional, is one integer a sample. A folder of images needs a preprocess spec; the
 label is the integer before the first `_` of the file name. Images are decoded one at a time. Nothing is unpickled.
