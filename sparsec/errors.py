@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class SparsecError(Exception):
     """Base of all errors that sparsec raises on purpose.
@@ -35,7 +37,11 @@ class ModelError(SparsecError):
 
 
 class UnsupportedError(SparsecError):
-    """The model is valid but holds something sparsec cannot compile; lists all of it at once."""
+    """The model is valid but holds something sparsec cannot compile; lists all of it at once, also as `problems`."""
+
+    def __init__(self, message: str, where: str = "", problems: Sequence[str] = ()) -> None:
+        super().__init__(message, where)
+        self.problems = tuple(problems)
 
 
 class RecipeError(SparsecError):

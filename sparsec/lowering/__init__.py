@@ -11,7 +11,7 @@ from sparsec.errors import UnsupportedError
 from sparsec.kernels.base import roofline_us
 from sparsec.kernels.emit import HALF_MAX
 from sparsec.lowering.calls import Call, Calls
-from sparsec.lowering.generic import lower_generic
+from sparsec.lowering.generic import lower_generic, unsupported
 from sparsec.lowering.match import constant, dims
 from sparsec.lowering.plan import plan
 from sparsec.lowering.rules.base import Context, Taken, declare
@@ -33,11 +33,17 @@ def lower(model: ir.Model, target: Target, name: str = "model", tuning: Choices 
     items = schedule(graph, target, tuning)
     if target.precision == "f16":
         _check_range(items)
+    problems: list[str] = []
     for item in items:
         if isinstance(item, Taken):
             item.emit(calls)
-        else:
+            continue
+        try:
             _emit_generic(item, calls, target)
+        except UnsupportedError as error:  # go on: the user wants to see all of them
+            problems += error.problems or (str(error),)
+    if problems:
+        raise unsupported(problems)
     for value in graph.outputs:
         declare(calls, value, "float32")
     return plan(name, target, calls, [str(v.name) for v in graph.inputs], [str(v.name) for v in graph.outputs])

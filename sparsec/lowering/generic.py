@@ -138,8 +138,14 @@ def lower_generic(nodes: Sequence[onnx_ir.Node], machine: Machine, opset: int | 
     for group in _groups(nodes):
         problems += region.add(group)
     if problems:
-        raise UnsupportedError(f"no kernel and no generic lowering for {len(problems)} nodes: " + "; ".join(problems))
+        raise unsupported(problems)
     return GenericRegion(tuple(region.steps), region.temporaries, region.constants)
+
+
+def unsupported(problems: Sequence[str]) -> UnsupportedError:
+    """The error that names every node of `problems`."""
+    nodes = "1 node" if len(problems) == 1 else f"{len(problems)} nodes"
+    return UnsupportedError(f"no kernel and no generic lowering for {nodes}: " + "; ".join(problems), problems=problems)
 
 
 def _groups(nodes: Sequence[onnx_ir.Node]) -> list[list[onnx_ir.Node]]:

@@ -11,6 +11,9 @@ from networks import networks
 from operators import operators
 from programs import agree, parse, routes
 
+from sparsec.errors import UnsupportedError
+from sparsec.loading import load_model
+from sparsec.lowering import lower
 from sparsec.runtimes.emulated import find_emulator
 from sparsec.targets import find_target, with_precision
 
@@ -315,3 +318,16 @@ def test_random_operators(model):
 def test_random_models_on_arm(target, model, others):
     agree(model, target)
     agree(others, target)
+
+
+def test_unsupported_nodes_are_named_all_at_once() -> None:
+    """Nodes without a route, in runs that kernels of our own separate, stand in one error."""
+    model = load_model(
+        onnx.parser.parse_model(
+            '<ir_version: 10, opset_import: ["" : 21]> g (float[6] x) => (float[2] a, int64[2] b, float[2] c, int64[2] d)'
+            " <int64[1] k = {2}> { a, b = TopK(x, k) y = Relu(x) c, d = TopK(y, k) }"
+        )
+    )
+    with pytest.raises(UnsupportedError, match=r"for 2 nodes: .*TopK_0.*TopK_2") as caught:
+        lower(model, find_target("host"))
+    assert len(caught.value.problems) == 2
