@@ -56,13 +56,15 @@ class Context:
 
     `calibration`: input name -> array of samples, or None. `target`: a `sparsec.targets.Target`, or None where only
     ONNX is written. `records`: a pass appends JSON-able dicts that say what it did (one a layer); they go into the
-    manifest, so no times and no absolute paths.
+    manifest, so no times and no absolute paths. `original`: ONNX bytes of the last model that still computed what the
+    loaded one does: the loaded model after the exact passes before the first inexact one; None outside the pipeline.
     """
 
     calibration: Mapping[str, np.ndarray] | None = None
     target: Any = None
     progress: Progress | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
+    original: bytes | None = field(default=None, repr=False)
 
     @staticmethod
     def of(model: ir.Model) -> Context:

@@ -44,10 +44,11 @@ def run_passes(
     data = model_bytes(model)
     _write(folder, "10-load.onnx", data)
     records = []
+    original, equal = data, True
     for index, step in enumerate(steps):
         if progress is not None:
             progress(step.name, index, len(steps))
-        model, record = _run(model, step, Context(calibration, target, progress))
+        model, record = _run(model, step, Context(calibration, target, progress, original=original))
         after = model_bytes(model)
         record["modified"] = after != data
         stem = f"{10 * (index + 2)}-{step.name}"
@@ -59,6 +60,8 @@ def run_passes(
                 record["max_relative_error"] = check_equal(data, after, step.name, calibration)
             _write(folder, f"{stem}.onnx", after)
         data = after
+        equal = equal and (step.exact or not record["modified"])
+        original = after if equal else original
         records.append(record)
     if progress is not None and steps:
         progress("rewrite", len(steps), len(steps))
