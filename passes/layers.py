@@ -87,13 +87,16 @@ class WeightedLayer:
         matrix = array.reshape(array.shape[-2:])
         return (matrix.T if self.transposed else matrix).reshape(self.shape)
 
+    def stored(self, oihw: np.ndarray) -> np.ndarray:
+        """[OC, IC, KH, KW] in the initializer's own form and type."""
+        matrix = oihw if self.op == "Conv" else oihw.reshape(self.shape[:2])
+        stored = (matrix.T if self.transposed else matrix).reshape(_dims(self.tensor))
+        return np.asarray(stored, order="C").astype(self.tensor.dtype.numpy(), copy=False)
+
     def write(self, oihw: np.ndarray) -> None:
         """Store [OC, IC, KH, KW] back in the node's own form, for every reader of the initializer."""
-        tensor = self.tensor
-        matrix = oihw if self.op == "Conv" else oihw.reshape(self.shape[:2])
-        stored = (matrix.T if self.transposed else matrix).reshape(_dims(tensor))
-        stored = np.asarray(stored, order="C").astype(tensor.dtype.numpy(), copy=False)
-        self.weight.const_value = ir.Tensor(stored, dtype=tensor.dtype, name=self.weight.name)
+        dtype = self.tensor.dtype
+        self.weight.const_value = ir.Tensor(self.stored(oihw), dtype=dtype, name=self.weight.name)
 
 
 def _dims(tensor: ir.TensorProtocol) -> tuple[int, ...]:
