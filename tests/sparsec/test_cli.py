@@ -20,8 +20,8 @@ from onnx import TensorProto, helper
 from samples import pair_artifact, pair_inputs, pair_model
 
 from sparsec import cli
-from sparsec.arguments import parse_binds, parse_inputs, parse_shapes
 from sparsec.artifact import FILES
+from sparsec.cli.arguments import parse_binds, parse_inputs, parse_shapes
 from sparsec.errors import UsageError
 from sparsec.runtimes.emulated import find_emulator
 

@@ -1,0 +1,139 @@
+"""`sparsec compile` and `sparsec rewrite`: what makes an artifact or a model out of a model."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sparsec.cli.options import MACHINE, REPORT, REWRITE, SHAPES, Fixed, Machine, Rewriting
+from sparsec.terminal import note, print_json, progress, stdout
+
+if TYPE_CHECKING:
+    from sparsec.artifact import Artifact
+
+
+@click.command("compile")
+@click.argument("model", metavar="MODEL.onnx")
+@MACHINE
+@click.option("-o", "--output", default=".", metavar="PATH", help="NAME.sparsec, or the folder for it.  [default: .]")
+@click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
+@REWRITE
+@SHAPES
+@click.option(
+    "--threads", default=1, show_default=True, metavar="N", help="The artifact's default; run time may differ."
+)
+@click.option("--embed-weights", is_flag=True, help="Put the weights into the code instead of weights.bin.")
+@click.option("--tuning", metavar="FILE", help="Measured choices, of `sparsec tune`, before predicted ones.")
+@REPORT
+def compile_verb(
+    model: str, machine: Machine, output: str, overwrite: bool, rewriting: Rewriting, fixed: Fixed, threads: int,
+    embed_weights: bool, tuning: str | None, as_json: bool, verbose: bool,
+) -> None:  # fmt: skip
+    """An ONNX model into an artifact for one target."""
+    _early(model, output, overwrite, machine)
+    from sparsec.compiler import compile
+
+    start = time.perf_counter()
+    with progress() as say:
+        artifact = compile(
+            model, **machine.arguments, **rewriting.arguments, **fixed.arguments, output=output, overwrite=overwrite,
+            threads=threads, embed_weights=embed_weights, tuning=tuning, progress=say,
+        )  # fmt: skip
+    seconds = time.perf_counter() - start
+    for text in artifact.manifest["notes"]:
+        note(text)
+    if as_json:
+        print_json(_compiled_json(artifact, seconds))
+    else:
+        _print_compiled(artifact, seconds, verbose)
+
+
+def _early(model: str, output: str, overwrite: bool, machine: Machine) -> None:
+    """The cheap mistakes, said before TVM is imported."""
+    from sparsec.artifact import SUFFIX, artifact_path, check_output
+
+    if machine.target is not None or machine.precision is not None:
+        machine.find()
+    if os.path.isfile(model):
+        check_output(artifact_path(output, Path(model).name.removesuffix(".onnx").removesuffix(SUFFIX)), overwrite)
+
+
+def _compiled_json(artifact: Artifact, seconds: float) -> dict[str, Any]:
+    manifest = artifact.manifest
+    return {
+        "artifact": str(artifact.path),
+        "target": manifest["target"]["name"],
+        "cpu": manifest["target"]["cpu"],
+        "precision": manifest["target"]["precision"],
+        "bytes": artifact.bytes,
+        "layers": artifact.report["layers"],
+        "passes": manifest["passes"],
+        "parity": _parity_json(manifest),
+        "notes": manifest["notes"],
+        "seconds": round(seconds, 3),
+    }
+
+
+def _parity_json(manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """`{passed, max_relative_error, tolerance}` of the output nearest to its tolerance; null if it was not run."""
+    record = manifest["parity"]
+    if record is None:
+        return None
+    worst = max(record["outputs"], key=lambda p: p["max_relative_error"] or 0.0)
+    keys = ("max_relative_error", "tolerance")
+    return {"passed": record["passed"], **{key: worst[key] for key in keys}, "runtime": record["runtime"]}
+
+
+def _print_compiled(artifact: Artifact, seconds: float, verbose: bool) -> None:
+    from sparsec.inspection import inspect_artifact, print_report
+
+    if verbose:
+        print_report(inspect_artifact(artifact), stdout(), verbose=True)
+    target, size, totals = artifact.manifest["target"], artifact.bytes, artifact.report["totals"]
+    click.echo(f"{artifact.path}  for {target['name']} ({target['cpu']}, {target['os']}), {seconds:.1f} s")
+    click.echo(
+        f"  {totals['layers']} layers, {100 * totals['zeros']:.1f}% of the weights are zero;"
+        f" {size['weights']:,} B weights + {size['code']:,} B code (floats were {totals['raw_bytes']:,} B)"
+    )
+    parity = _parity_json(artifact.manifest)
+    if parity is not None:
+        error, allowed = parity["max_relative_error"], parity["tolerance"]
+        click.echo(f"  equals ONNX Runtime: relative error {error:.3g}, allowed {allowed:.3g} ({parity['runtime']})")
+
+
+@click.command("rewrite")
+@click.argument("model", metavar="MODEL.onnx")
+@click.option("-o", "--output", required=True, metavar="OUT.onnx", help="The rewritten model.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+@REWRITE
+@SHAPES
+@REPORT
+def rewrite_verb(
+    model: str, output: str, overwrite: bool, rewriting: Rewriting, fixed: Fixed, as_json: bool, verbose: bool
+) -> None:
+    """An ONNX model into an ONNX model."""
+    from sparsec.artifact import staged_file
+
+    start = time.perf_counter()
+    with staged_file(Path(output), overwrite) as stage:
+        from sparsec.compiler import rewrite
+        from sparsec.loading import model_bytes
+
+        with progress() as say:
+            result = rewrite(model, **rewriting.arguments, **fixed.arguments, progress=say)
+        data = model_bytes(result)
+        stage.write_bytes(data)
+    from sparsec.inspection import weight_counts
+
+    counts = weight_counts(data)
+    zeros = counts["weight_zeros"] / counts["weights"] if counts["weights"] else 0.0
+    seconds = time.perf_counter() - start
+    if as_json:
+        facts = {"model": output, "bytes": {"onnx": len(data)}, "weights": counts["weights"], "zeros": round(zeros, 6)}
+        print_json({**facts, "nodes": len(list(result.graph)), "seconds": round(seconds, 3)})
+    else:
+        click.echo(f"{output}  {len(data):,} B, {100 * zeros:.1f}% of the weights are zero, {seconds:.1f} s")
