@@ -23,7 +23,7 @@ import onnx_ir as ir
 from sparsec.artifact import Artifact, Facts, artifact_path, check_output, load, staged, write_artifact
 from sparsec.build import build, pack_parity
 from sparsec.codegen import kernel_text
-from sparsec.data import Data, Images, InputSpec, load_data
+from sparsec.data import Data, Images, InputSpec, input_spec, load_data
 from sparsec.errors import CheckError, RuntimeUnavailable, UsageError
 from sparsec.loading import load_model, model_bytes
 from sparsec.lowering import lower
@@ -167,14 +167,13 @@ def _rewrite(
     data = None
     if source is not None:
         say("reading calibration data")
-        data = load_data(source, [_spec(value) for value in loaded.graph.inputs], preprocess)
-    arrays = _stacked(data) if data is not None and steps else None
+        data = load_data(source, [input_spec(value) for value in loaded.graph.inputs], preprocess)
     origin = hashlib.sha256(_raw_bytes(model)).hexdigest()
 
     def tell(step: str, done: int, total: int) -> None:
         say(f"{step} ({done + 1}/{total})" if done < total else step)
 
-    changed, records = run_passes(loaded, steps, calibration=arrays, target=target, dump=dump, progress=tell)
+    changed, records = run_passes(loaded, steps, calibration=data, target=target, dump=dump, progress=tell)
     document = {**recipe.document(), "passes": [{"name": r["name"], "options": r.get("options", {})} for r in records]}
     digests = {
         "model": origin,
@@ -184,14 +183,6 @@ def _rewrite(
     return Rewritten(changed, tuple(records), tuple(notes), digests, data)
 
 
-def _stacked(data: Data) -> dict[str, np.ndarray]:
-    samples = list(data)
-    return {
-        name: np.concatenate([s[name] if s[name].shape[:1] == (1,) else s[name][None] for s in samples])
-        for name in samples[0]
-    }
-
-
 def _raw_bytes(model: Model) -> bytes:
     if isinstance(model, bytes):
         return model
@@ -199,11 +190,6 @@ def _raw_bytes(model: Model) -> bytes:
         return Path(model).read_bytes()
     proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
     return proto.SerializeToString(deterministic=True)
-
-
-def _spec(value: ir.Value) -> InputSpec:
-    assert value.shape is not None and value.dtype is not None
-    return InputSpec(str(value.name), tuple(int(d) for d in value.shape), str(value.dtype.numpy()))  # type: ignore[arg-type]
 
 
 def _model_name(model: Model, output: Any) -> str:

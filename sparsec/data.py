@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import onnx_ir as ir
 
 from sparsec.errors import DataError, UsageError
 
@@ -33,6 +34,12 @@ class InputSpec:
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+
+def input_spec(value: ir.Value) -> InputSpec:
+    """The spec of a model's input, whose shape is static."""
+    assert value.shape is not None and value.dtype is not None
+    return InputSpec(str(value.name), tuple(int(str(d)) for d in value.shape), str(value.dtype.numpy()))
 
 
 class Data(Protocol):

@@ -15,12 +15,12 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -35,6 +35,8 @@ __all__ = [
     "PassResult",
     "PassStep",
     "Registered",
+    "Samples",
+    "Stacked",
     "as_step",
     "describe_passes",
     "option_values",
@@ -50,21 +52,48 @@ PLUGIN_BYTES = 1 << 20  # a pass file is about 120 lines
 Progress = Callable[[str, int, int], None]  # what, done, total
 
 
+class Samples(Protocol):
+    """A finite stream of samples, input name -> array of the model's input shape; iterating again starts again."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Samples in arrays [N, ...] by input name, for inputs whose own first dimension is 1."""
+
+    arrays: Mapping[str, np.ndarray] = field(repr=False)
+
+    def __len__(self) -> int:
+        return max(len(array) for array in self.arrays.values())
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        for i in range(len(self)):
+            yield {name: array[i if len(array) > 1 else 0][None] for name, array in self.arrays.items()}
+
+
 @dataclass
 class Context:
     """What a pass may read besides the model, and where it reports; found in `model.meta["sparsec"]`.
 
-    `calibration`: input name -> array of samples, or None. `target`: a `sparsec.targets.Target`, or None where only
-    ONNX is written. `records`: a pass appends JSON-able dicts that say what it did (one a layer); they go into the
+    `calibration`: samples that can be iterated again and again, each a dict input name -> array of the input's shape,
+    or None (arrays [N, ...] by input name, as given outside the pipeline, are wrapped). `target`: a
+    `sparsec.targets.Target`, or None where only ONNX is written. `records`: a pass appends JSON-able dicts that say what it did (one a layer); they go into the
     manifest, so no times and no absolute paths. `original`: ONNX bytes of the last model that still computed what the
     loaded one does: the loaded model after the exact passes before the first inexact one; None outside the pipeline.
     """
 
-    calibration: Mapping[str, np.ndarray] | None = None
+    calibration: Samples | None = None
     target: Any = None
     progress: Progress | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
     original: bytes | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.calibration, Mapping):
+            self.calibration = Stacked(self.calibration)
 
     @staticmethod
     def of(model: ir.Model) -> Context:

@@ -13,10 +13,11 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import PassResult
 
+from sparsec.data import input_spec, load_data
 from sparsec.errors import CheckError, RecipeError, SparsecError, UsageError
 from sparsec.loading import model_bytes
 from sparsec.passes.fold_constants import quiet_session
-from sparsec.passes_api import META_KEY, Context, PassStep, Progress, as_step
+from sparsec.passes_api import META_KEY, Context, PassStep, Progress, Samples, as_step
 from sparsec.tolerance import derive_tolerance
 
 # Folding rounds each weight once more, u * sqrt(3 k) not the u * sqrt(2 k) of two implementations (tolerance.py),
@@ -28,18 +29,20 @@ def run_passes(
     model: ir.Model,
     passes: Iterable[Any],
     *,
-    calibration: Mapping[str, np.ndarray] | None = None,
+    calibration: Samples | Mapping[str, np.ndarray] | None = None,
     target: Any = None,
     dump: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> tuple[ir.Model, list[dict[str, Any]]]:
     """`model` after `passes` (steps, specs, pass objects or classes), and one JSON-able record a pass.
 
-    In-place passes change `model` itself. `dump`: a folder that receives `10-load.onnx`, `20-NAME.onnx`, ...; a step
-    that changed nothing leaves `20-NAME.unchanged.txt`. Raises RecipeError if a pass finds nothing to do or fails,
+    In-place passes change `model` itself. `calibration`: samples, or arrays [N, ...] by input name. `dump`: a folder
+    that receives `10-load.onnx`, `20-NAME.onnx`, ...; a step that changed nothing leaves `20-NAME.unchanged.txt`. Raises RecipeError if a pass finds nothing to do or fails,
     CheckError if a pass breaks the model or a promise of equal outputs.
     """
     steps = [as_step(item) for item in passes]
+    if isinstance(calibration, Mapping):
+        calibration = load_data(calibration, [input_spec(value) for value in model.graph.inputs])
     folder = _dump_folder(dump)
     data = model_bytes(model)
     _write(folder, "10-load.onnx", data)
@@ -110,19 +113,17 @@ def _check(data: bytes, step: PassStep) -> None:
 # ---- equality
 
 
-def sample_inputs(
-    session: Any, calibration: Mapping[str, np.ndarray] | None = None, seed: int = 0
-) -> dict[str, np.ndarray]:
+def sample_inputs(session: Any, calibration: Samples | None = None, seed: int = 0) -> dict[str, np.ndarray]:
     """One sample: the first of the calibration data where it fits, else normal (floats) or small (integers) numbers."""
     rng = np.random.default_rng(seed)
     types = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+    first = {} if calibration is None else next(iter(calibration), {})
     feeds = {}
     for x in session.get_inputs():
         shape = [d if isinstance(d, int) else 1 for d in x.shape]
-        given = None if calibration is None else calibration.get(x.name)
-        if given is not None and np.asarray(given).size >= np.prod(shape, dtype=np.int64):
-            flat = np.asarray(given).reshape(-1)[: int(np.prod(shape, dtype=np.int64))]
-            feeds[x.name] = np.asarray(flat.reshape(shape), order="C")
+        given = first.get(x.name)
+        if given is not None and np.asarray(given).size == np.prod(shape, dtype=np.int64):
+            feeds[x.name] = np.asarray(given.reshape(shape), order="C")
         elif x.type in types:
             feeds[x.name] = rng.standard_normal(shape).astype(types[x.type])
         elif x.type == "tensor(bool)":
@@ -132,7 +133,7 @@ def sample_inputs(
     return feeds
 
 
-def check_equal(before: bytes, after: bytes, name: str, calibration: Mapping[str, np.ndarray] | None = None) -> float:
+def check_equal(before: bytes, after: bytes, name: str, calibration: Samples | None = None) -> float:
     """Largest relative error of any output, ONNX Runtime on both models; CheckError if rounding does not explain it."""
     first, second = quiet_session(before), quiet_session(after)
     signature = [[(x.name, x.shape, x.type) for x in s.get_inputs()] for s in (first, second)]

@@ -328,11 +328,13 @@ def test_context_reaches_the_pass_and_leaves_the_model(model: ir.Model) -> None:
         def call(self, model: ir.Model) -> PassResult:
             context = Context.of(model)
             context.tell("looking", 1, 2)
-            seen.append((context.calibration, context.target, model.meta["sparsec"] is context))
+            assert context.calibration is not None
+            again = [list(context.calibration), list(context.calibration)]  # a stream that can be read twice
+            seen.append((len(context.calibration), again, context.target, model.meta["sparsec"] is context))
             return PassResult(model, False)
 
     told = []
-    data = {"x": np.ones((2, 6), np.float32)}
+    data = {"x": np.arange(12, dtype=np.float32).reshape(2, 6)}
     changed, _ = run_passes(
         model,
         [Look()],
@@ -340,7 +342,10 @@ def test_context_reaches_the_pass_and_leaves_the_model(model: ir.Model) -> None:
         target="host",
         progress=lambda what, done, total: told.append((what, done, total)),
     )
-    assert seen == [(data, "host", True)]
+    ((count, streams, target, same),) = seen
+    assert (count, target, same) == (2, "host", True)
+    for samples in streams:
+        np.testing.assert_array_equal(np.concatenate([s["x"] for s in samples]), data["x"])
     assert ("looking", 1, 2) in told
     assert "sparsec" not in changed.meta
 
