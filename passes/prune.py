@@ -30,6 +30,7 @@ import onnx_ir as ir
 
 from sparsec.errors import RecipeError
 from sparsec.passes.layers import WEIGHTED, WeightedLayer, block_sums, parse_block, select_layers, spread_blocks
+from sparsec.passes.masks import Pattern, draw_masks, draw_masks_globally, magnitude
 from sparsec.passes_api import Context, Pass, PassResult
 
 DEFAULT_SPARSITY = 0.5
@@ -63,13 +64,8 @@ class Prune(Pass):
             raise RecipeError(f"prune: floor is a share from 0 to 1, got {self.floor}")
         if self.scope not in ("layer", "global"):
             raise RecipeError(f"prune: scope must be layer or global, got {self.scope!r}")
-        try:
-            parse_block(self.block)
-        except ValueError:
-            expected = "RxC (output x input channels), such as 4x1"
-            raise RecipeError(f"prune: block must be {expected}, got {self.block!r}") from None
+        Pattern.parse(self.block, self.nm)
         if self.nm:
-            _parse_nm(self.nm)
             if self.block != "1x1" or self.sparsity != DEFAULT_SPARSITY:
                 raise RecipeError("prune: nm fixes the pattern and the share; give it without block and sparsity")
         unknown = [t for t in self.types if t not in WEIGHTED]
@@ -80,11 +76,13 @@ class Prune(Pass):
         selection = select_layers(model, self.include, self.exclude, self.types)
         selection.require()
         layers = selection.layers
-        if self.nm:
-            keep, group = _parse_nm(self.nm)
-            masks = [n_of_m_mask(layer.read(), keep, group) for layer in layers]
+        pattern = Pattern.parse(self.block, self.nm)
+        weights = [layer.read() for layer in layers]
+        scores = [magnitude(w) for w in weights]
+        if self.scope == "global" and not self.nm:
+            masks = draw_masks_globally(weights, scores, pattern, self.sparsity, self.floor)
         else:
-            masks = self._block_masks(layers)
+            masks = draw_masks(weights, scores, pattern, self.sparsity)
         if not self.nm:
             self._refuse_scattered(layers, masks)
         context = Context.of(model)
@@ -109,97 +107,6 @@ class Prune(Pass):
         if zeros >= self.sparsity and filled / total < SCATTERED * self.sparsity:
             text = f"the matched layers are {zeros:.3f} zero already, but {self.block} blocks hold only"
             raise RecipeError(f"{text} {filled / total:.3f} of the weights; ask for a sparsity above {zeros:.3f}")
-
-    def _block_masks(self, layers: Sequence[WeightedLayer]) -> list[np.ndarray]:
-        rows, columns = parse_block(self.block)
-        grids = [_grid(layer.read(), rows, columns) for layer in layers]
-        if self.scope == "layer":
-            kept = _keep_by_layer(grids, self.sparsity)
-        else:
-            kept = _keep_globally(grids, self.sparsity, self.floor)
-        blocks = [k.reshape(grid.shape) for k, grid in zip(kept, grids, strict=True)]
-        return [spread_blocks(b, rows, columns, layer.shape) for b, layer in zip(blocks, layers, strict=True)]
-
-
-def _parse_nm(text: str) -> tuple[int, int]:
-    keep, _, group = text.partition(":")
-    if not (keep.isdigit() and group.isdigit() and 0 < int(keep) < int(group)):
-        raise RecipeError(f"prune: nm must be N:M with 0 < N < M, such as 2:4, got {text!r}")
-    return int(keep), int(group)
-
-
-def n_of_m_mask(oihw: np.ndarray, keep: int, group: int) -> np.ndarray:
-    """True where the weight is among the `keep` largest |w| of its `group` consecutive input channels (ties: first)."""
-    oc, ic, kh, kw = oihw.shape
-    groups = -(-ic // group)
-    padded = np.full((oc, groups * group, kh, kw), -1.0)
-    padded[:, :ic] = np.abs(oihw)
-    rank = np.argsort(np.argsort(-padded.reshape(oc, groups, group, kh, kw), axis=2, kind="stable"), axis=2)
-    return (rank < keep).reshape(padded.shape)[:, :ic]
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """One layer's blocks in row-major order."""
-
-    shape: tuple[int, ...]  # of the block grid
-    weights: int
-    score: np.ndarray  # importance of each block
-    nonzeros: np.ndarray  # of each block: the zeros that zeroing it adds
-    block: int  # weights of the largest block
-
-
-def _grid(weight: np.ndarray, rows: int, columns: int) -> _Grid:
-    size = block_sums(np.ones(weight.shape, np.int64), rows, columns)
-    score = block_sums(np.square(weight, dtype=np.float64), rows, columns) / size
-    nonzeros = block_sums((weight != 0).astype(np.int64), rows, columns)
-    return _Grid(score.shape, weight.size, score.reshape(-1), nonzeros.reshape(-1), int(size.max()))
-
-
-def _prefix(nonzeros: np.ndarray, more: float) -> int:
-    """How many of the ordered blocks to zero for the number of new zeros nearest to `more`; the fewest on a tie."""
-    sums = np.concatenate(([0], np.cumsum(nonzeros)))
-    return int(np.argmin(np.abs(sums - more)))
-
-
-def _keep_by_layer(grids: Sequence[_Grid], sparsity: float) -> list[np.ndarray]:
-    kept, carry = [], 0.0
-    for grid in grids:
-        order = np.argsort(grid.score, kind="stable")
-        ordered = grid.nonzeros[order]
-        more = sparsity * grid.weights + carry - (grid.weights - int(ordered.sum()))
-        count = _prefix(ordered, more)
-        # Clipped, so that a layer with too many zeros does not make the next one denser.
-        carry = float(np.clip(more - int(ordered[:count].sum()), -grid.block, grid.block))
-        keep = np.ones(order.size, bool)
-        keep[order[:count]] = False
-        kept.append(keep)
-    return kept
-
-
-def _keep_globally(grids: Sequence[_Grid], sparsity: float, floor: float) -> list[np.ndarray]:
-    free = []  # of each layer: indices of the blocks that may be zeroed, all but the `floor` most important
-    for grid in grids:
-        order = np.argsort(grid.score, kind="stable")
-        free.append(np.sort(order[: order.size - int(np.ceil(floor * order.size))]))
-    score = np.concatenate([g.score[f] for g, f in zip(grids, free, strict=True)])
-    nonzeros = np.concatenate([g.nonzeros[f] for g, f in zip(grids, free, strict=True)])
-    total = sum(g.weights for g in grids)
-    zeros = total - sum(int(g.nonzeros.sum()) for g in grids)
-    more = sparsity * total - zeros
-    if int(nonzeros.sum()) + max(int(g.nonzeros.max()) for g in grids) < more:
-        most = (zeros + int(nonzeros.sum())) / total
-        raise RecipeError(f"prune: floor={floor} allows at most sparsity={most:.3f}, got {sparsity}; lower the floor")
-    order = np.argsort(score, kind="stable")
-    zeroed = np.zeros(score.size, bool)
-    zeroed[order[: _prefix(nonzeros[order], more)]] = True
-    kept, start = [], 0
-    for grid, f in zip(grids, free, strict=True):
-        keep = np.ones(grid.score.size, bool)
-        keep[f[zeroed[start : start + f.size]]] = False
-        start += f.size
-        kept.append(keep)
-    return kept
 
 
 def _apply(layer: WeightedLayer, mask: np.ndarray, context: Context) -> bool:

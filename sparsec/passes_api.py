@@ -80,9 +80,10 @@ class Context:
 
     `calibration`: samples that can be iterated again and again, each a dict input name -> array of the input's shape,
     or None (arrays [N, ...] by input name, as given outside the pipeline, are wrapped). `target`: a
-    `sparsec.targets.Target`, or None where only ONNX is written. `records`: a pass appends JSON-able dicts that say what it did (one a layer); they go into the
-    manifest, so no times and no absolute paths. `original`: ONNX bytes of the last model that still computed what the
-    loaded one does: the loaded model after the exact passes before the first inexact one; None outside the pipeline.
+    `sparsec.targets.Target`, or None where only ONNX is written. `records`: a pass appends JSON-able dicts that say
+    what it did (one a layer); they go into the manifest, so no times and no absolute paths. `original`: ONNX bytes of
+    the last model that still computed what the loaded one does: the loaded model after the exact passes before the
+    first inexact one; None outside the pipeline.
     """
 
     calibration: Samples | None = None

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sparsec.errors import RecipeError
 from sparsec.passes import Prune
 from sparsec.passes.layers import as_layer, block_sums, select_layers, weighted_layers
-from sparsec.passes.prune import n_of_m_mask
+from sparsec.passes.masks import n_of_m_mask
 from sparsec.passes_api import Context
 
 RNG = np.random.default_rng(3)
