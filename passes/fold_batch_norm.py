@@ -22,6 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparsec.passes.fold_constants import constant, remove_unused_initializers, static_shape
+from sparsec.passes.initializers import add_initializer
 from sparsec.passes.layers import WeightedLayer, as_layer
 from sparsec.passes_api import Context, Pass, PassResult
 
@@ -133,7 +134,7 @@ def _fold(graph: ir.Graph, layer: WeightedLayer, node: ir.Node, g: np.ndarray, h
     bias = (g * b * beta + h).astype(dtype.numpy())
     if owner.op_type == "Gemm" and beta != 1.0:
         owner.attributes["beta"] = ir.AttrFloat32("beta", 1.0)
-    value = _new_initializer(graph, f"{owner.name}_bias", bias, dtype)
+    value = add_initializer(graph, f"{owner.name}_bias", bias, dtype)
     if len(owner.inputs) < 3:
         owner.resize_inputs(3)
     owner.replace_input_with(2, value)
@@ -150,22 +151,11 @@ def _take_over(graph: ir.Graph, x: ir.Value, node: ir.Node) -> None:
     x.name = name
 
 
-def _new_initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType) -> ir.Value:
-    taken = {v.name for node in graph for v in node.outputs} | {v.name for v in graph.inputs} | set(graph.initializers)
-    unique, count = name, 1
-    while unique in taken:
-        unique, count = f"{name}_{count}", count + 1
-    tensor = ir.Tensor(np.asarray(array, order="C"), dtype=dtype, name=unique)
-    value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
-
-
 def _expand(graph: ir.Graph, node: ir.Node, x: ir.Value, g: np.ndarray, h: np.ndarray) -> None:
     y, dtype = node.outputs[0], x.dtype
     shape = (1, g.size) + (1,) * (len(x.shape) - 2)
-    scale = _new_initializer(graph, f"{node.name}_scale", g.reshape(shape).astype(dtype.numpy()), dtype)
-    shift = _new_initializer(graph, f"{node.name}_shift", h.reshape(shape).astype(dtype.numpy()), dtype)
+    scale = add_initializer(graph, f"{node.name}_scale", g.reshape(shape).astype(dtype.numpy()), dtype)
+    shift = add_initializer(graph, f"{node.name}_shift", h.reshape(shape).astype(dtype.numpy()), dtype)
     mul = ir.node("Mul", [x, scale], name=f"{node.name}_mul")
     add = ir.node("Add", [mul.outputs[0], shift], name=node.name)
     for value, name in ((mul.outputs[0], f"{y.name}_scaled"), (add.outputs[0], y.name)):

@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparsec.passes.fold_constants import constant, remove_unused_initializers, static_shape
+from sparsec.passes.initializers import add_initializer
 from sparsec.passes_api import Context, Pass, PassResult
 
 _SINCE = 17  # the opset that defines LayerNormalization
@@ -202,9 +203,9 @@ def _rewrite(graph: ir.Graph, match: _Match) -> None:
     stem = match.y.name or "layer_norm"
     dtype = match.x.dtype.numpy() if match.x.dtype is not None else np.dtype("float32")
     gamma = np.ones(depth, dtype) if match.gamma is None else match.gamma.astype(dtype)
-    inputs: list[ir.Value | None] = [match.x, _initializer(graph, f"{stem}/gamma", gamma)]
+    inputs: list[ir.Value | None] = [match.x, add_initializer(graph, f"{stem}/gamma", gamma)]
     if match.beta is not None:
-        inputs.append(_initializer(graph, f"{stem}/beta", match.beta.astype(dtype)))
+        inputs.append(add_initializer(graph, f"{stem}/beta", match.beta.astype(dtype)))
     last = match.y.producer()
     assert last is not None
     attributes = [ir.AttrInt64("axis", -1), ir.AttrFloat32("epsilon", match.epsilon)]
@@ -217,15 +218,3 @@ def _rewrite(graph: ir.Graph, match: _Match) -> None:
     graph.remove([n for n in graph if n in match.nodes], safe=True)
     if any(value is match.y for value in outputs):
         made.name = name
-
-
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """A new initializer, under `name` or the next free one."""
-    free, number = name, 0
-    while free in graph.initializers:
-        number += 1
-        free = f"{name}_{number}"
-    value = ir.Value(name=free, const_value=ir.tensor(array, name=free), shape=ir.Shape(array.shape))
-    value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
-    graph.register_initializer(value)
-    return value

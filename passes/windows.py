@@ -11,7 +11,10 @@ https://onnx.ai/onnx/operators/onnx__MaxPool.html
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
+
+from sparsec.passes.initializers import add_initializer, free_name
 
 POOLS = ("MaxPool", "AveragePool", "LpPool")
 
@@ -20,7 +23,7 @@ def resolve_ceil_mode(node: ir.Node, shape: tuple[int, ...]) -> bool:
     """Rewrite a pooling of `shape` whose inferred number of windows would be wrong; whether it was rewritten.
 
     Either ceil_mode=0 and pads that give floor = windows, where padding does not count in the average; or ceil_mode=1
-    and pads that give ceil = windows. Where neither is possible the node stays.
+    and pads that give ceil = windows, the input cut where the last window ends before it.
     """
     kernel = list(node.attributes.get_ints("kernel_shape", None) or [])
     if node.op_type not in POOLS or not node.attributes.get_int("ceil_mode", 0) or len(shape) != len(kernel) + 2:
@@ -51,9 +54,25 @@ def resolve_ceil_mode(node: ir.Node, shape: tuple[int, ...]) -> bool:
         return True
     shorter = [min(e, after) for e, after in zip(exact, end, strict=True)]
     if min(shorter) < 0:
-        return False
-    node.attributes["pads"] = ir.AttrInt64s("pads", [*begin, *shorter])
+        _cut(node, shape, [min(e, 0) for e in shorter])
+    node.attributes["ceil_mode"] = ir.AttrInt64("ceil_mode", 1)
+    node.attributes["pads"] = ir.AttrInt64s("pads", [*begin, *(max(e, 0) for e in shorter)])
     return True
+
+
+def _cut(node: ir.Node, shape: tuple[int, ...], ends: list[int]) -> None:
+    """A Slice before `node` that drops what no window reads: -ends[i] elements at the end of spatial axis i."""
+    x, graph = node.inputs[0], node.graph
+    assert x is not None and graph is not None
+    axes = [i for i, e in enumerate(ends) if e]
+    numbers = {"starts": [0] * len(axes), "ends": [shape[2 + i] + ends[i] for i in axes], "axes": [2 + i for i in axes]}
+    inputs = [add_initializer(graph, f"{node.name}/{k}", np.array(v, np.int64)) for k, v in numbers.items()]
+    cut = ir.node("Slice", [x, *inputs], name=f"{node.name}/cut")
+    y = cut.outputs[0]
+    y.name, y.type = free_name(graph, f"{node.name}/cut"), x.type
+    y.shape = ir.Shape([*shape[:2], *(size + e for size, e in zip(shape[2:], ends, strict=True))])
+    graph.insert_before(node, cut)
+    node.replace_input_with(0, cut.outputs[0])
 
 
 def _halves(pads: list[int] | tuple[int, ...]) -> tuple[list[int], list[int]]:

@@ -21,6 +21,7 @@ import numpy as np
 
 MAX_ARGS = 8
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
+MAX_ELEMENTS = (1 << 31) - (1 << 16)  # of a tensor: kernels index with 32 bits, and tiles may reach past its end
 SLACK = 256  # readable bytes behind every buffer and constant: vector loads may run past a tail
 
 Space = Literal["arena", "weights", "scratch"]

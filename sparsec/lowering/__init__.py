@@ -10,7 +10,7 @@ import onnx_ir as ir
 from sparsec.errors import UnsupportedError
 from sparsec.kernels.base import roofline_us
 from sparsec.kernels.emit import HALF_MAX
-from sparsec.lowering.calls import Call, Calls
+from sparsec.lowering.calls import Call, Calls, check_sizes
 from sparsec.lowering.generic import lower_generic, unsupported
 from sparsec.lowering.match import constant, dims
 from sparsec.lowering.plan import plan
@@ -27,6 +27,7 @@ def lower(model: ir.Model, target: Target, name: str = "model", tuning: Choices 
     `tuning`: measured choices, asked before the cost model.
     """
     graph = model.graph
+    check_sizes({str(v.name): dims(v) for v in _values(graph) if v.name})
     calls = Calls(target.machine, frozenset(str(v.name) for v in _values(graph)))
     for value in graph.inputs:
         declare(calls, value, "float32")

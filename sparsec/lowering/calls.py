@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -9,10 +10,19 @@ from typing import Literal
 import numpy as np
 
 from sparsec.codegen import argument_bytes
-from sparsec.errors import CheckError
+from sparsec.errors import CheckError, UnsupportedError
 from sparsec.kernels import elementwise
 from sparsec.kernels.base import KernelCall, Machine, roofline_us
-from sparsec.program import Kernel, Layer
+from sparsec.program import MAX_ELEMENTS, Kernel, Layer
+
+
+def check_sizes(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise UnsupportedError that names every tensor that kernels could not index."""
+    large = {name: shape for name, shape in shapes.items() if math.prod(shape) > MAX_ELEMENTS}
+    if large:
+        found = "; ".join(f"{name!r} has {'x'.join(map(str, s))} = {math.prod(s):,}" for name, s in large.items())
+        what = f"kernels index at most {MAX_ELEMENTS:,} elements of a tensor: {found}"
+        raise UnsupportedError(f"{what}; compile for a smaller --shape")
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,8 @@ class Calls:
         return name
 
     def value(self, name: str, shape: tuple[int, ...], dtype: str) -> str:
-        """Declare an activation; returns its name."""
+        """Declare an activation; returns its name. Raises UnsupportedError where kernels could not index it."""
+        check_sizes({name: shape})
         known = self.values.setdefault(name, (shape, dtype))
         if known != (shape, dtype):
             raise CheckError(f"declared as {known[1]}{list(known[0])} and as {dtype}{list(shape)}", name)

@@ -331,3 +331,21 @@ def test_unsupported_nodes_are_named_all_at_once() -> None:
     with pytest.raises(UnsupportedError, match=r"for 2 nodes: .*TopK_0.*TopK_2") as caught:
         lower(model, find_target("host"))
     assert len(caught.value.problems) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("g (float[65536,32768] x) => (float[65536,32768] y) { y = Relu(x) }", ["'x' has 65536x32768 = 2,147,483,648", "'y'"]),
+        ("g (float[1,46400] x, float[46400,1] z) => (float[1,46400,46400] y) { y = Mul(x, z) }", ["'y'"]),
+        # Its tensors are small enough; the padded copy that its kernel reads is not.
+        ("""g (float[4194304,1,22,22] x, float[1,1,3,3] w) => (float[4194304,1,22,22] y) {
+            y = Conv<pads = [1,1,1,1]>(x, w) }""", ["/prepared' has 4194304x1x1x24x24"]),
+    ],
+)  # fmt: skip
+def test_tensors_beyond_32_bit_indices_are_refused(text, named):
+    with pytest.raises(UnsupportedError, match="kernels index at most") as caught:
+        lower(load_model(parse(text)), find_target("host"))
+    assert "\n" not in str(caught.value)
+    for name in named:
+        assert name in str(caught.value)
