@@ -30,12 +30,13 @@ from sparsec.errors import RecipeError
 from sparsec.passes.journal import Journal, digest
 from sparsec.passes.knapsack import SLACK, Level, frontier, knapsack
 from sparsec.passes.layers import WeightedLayer
+from sparsec.passes.search import GENERATIONS, evolve, random_search
 from sparsec.passes.sensitivity import LEVELS, sensitivity
 from sparsec.passes.trial import PruneLayer, Trials, pick_samples, replacement
 
 UNITS = ("weights", "flops", "latency")
-RULES = ("uniform", "erk", "random", "sensitivity")
-MEASURED = ("sensitivity",)  # need calibration data
+RULES = ("uniform", "erk", "random", "sensitivity", "search", "random-search")
+MEASURED = RULES[3:]  # need calibration data
 CURVE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the budget's unit removed, for the front
 
 Price = Callable[[WeightedLayer, np.ndarray], float]  # microseconds of a layer with this weight [OC, IC, KH, KW]
@@ -58,21 +59,27 @@ class Seen:
 
 @dataclass(frozen=True)
 class Allocation:
-    """The sparsity of each layer by name. `measure`: what a damage is; `front`: nondominated points, share ascending."""
+    """The sparsity of each layer by name.
+
+    share: of the unit to remove, as asked. chosen: what this allocation was measured to do; front: the nondominated of
+    all points that were looked at, share ascending; measure: what a damage is. Empty for rules that measure nothing.
+    """
 
     rule: str
     unit: str
     sparsities: dict[str, float]
-    share: float  # of the unit, as asked
+    share: float
     measure: str = ""
     samples: int = 0
+    chosen: Seen | None = None
     front: tuple[Seen, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """The JSON for a pass's records."""
         facts: dict[str, Any] = {"allocation": self.rule, "budget": self.unit, "share": self.share}
-        if self.measure:
-            facts |= {"damage": self.measure, "samples": self.samples, "front": [p.json() for p in self.front]}
+        if self.chosen is not None:
+            facts |= {"measure": self.measure, "samples": self.samples}
+            facts |= {"chosen": self.chosen.json(), "front": [point.json() for point in self.front]}
         return facts
 
 
@@ -88,6 +95,7 @@ def allocate(
     price: Price | None = None,
     levels: Sequence[float] = LEVELS,
     samples: int = 64,
+    generations: int = GENERATIONS,
     pattern: str = "",
     state: str = "",
     seed: int = 0,
@@ -97,7 +105,8 @@ def allocate(
 
     prune_layer(layer, sparsity): the pruned weight [OC, IC, KH, KW], alone or with other initializers that change with it
     (name -> array as stored). calibration: samples, for the rules in MEASURED; `samples` of them are used. price: for
-    unit="latency". levels: sparsities that measured rules choose from. pattern: text that names what prune_layer does; a
+    unit="latency". levels: sparsities that measured rules choose from.
+    generations: of the searches. pattern: text that names what prune_layer does; a
     `state` file (JSON, what was measured) is refused if it is of another model, data or pattern. RecipeError: the budget
     cannot be held, or something needed is missing.
     """
@@ -121,12 +130,20 @@ def allocate(
     journal = Journal(state, digest(model, picked, pattern)) if state else None
     found = sensitivity(model, layers, prune_layer, picked, levels, cost, unit, journal, tell)
     chosen = knapsack(found, budget)
-    sparsities = {name: level.sparsity for name, level in chosen.items()}
     trials = Trials(model, layers, prune_layer, picked)
-    front = _front(trials, found, full, sparsity, chosen)
+    points = _points(trials, found, full, sparsity, chosen)
+    own = next(point for point in points if point.share == sparsity)
+    if rule == "search":
+        chosen = evolve(trials, found, budget, chosen, generations, seed, journal, tell).levels
+    elif rule == "random-search":
+        chosen = random_search(trials, found, budget, generations, seed, journal, tell).levels
+    sparsities = {name: level.sparsity for name, level in chosen.items()}
+    if rule != "sensitivity":
+        own = Seen(sparsity, None, *trials.measured(sparsities))
     if unit != "latency":
         sparsities = _fill(found, sparsities, budget)
-    return Allocation(rule, unit, sparsities, sparsity, trials.measure, len(picked), front)
+    front = nondominated([*points, own])
+    return Allocation(rule, unit, sparsities, sparsity, trials.measure, len(picked), own, front)
 
 
 # ---- what a layer costs
@@ -232,19 +249,19 @@ def _fill(found: Mapping[str, Sequence[Level]], sparsities: Mapping[str, float],
     return {name: float(high * s) for name, s in zip(found, wanted, strict=True)}
 
 
-def _front(
+def _points(
     trials: Trials, found: Mapping[str, Sequence[Level]], full: float, share: float, chosen: Mapping[str, Level]
-) -> tuple[Seen, ...]:
+) -> list[Seen]:
     """Predicted and measured damage of the knapsack's choices at CURVE and at the share asked for."""
     least = frontier(found)[0].cost
     seen = []
     for point in sorted({*CURVE, share}):
-        if (1 - point) * full < least:
-            break
+        if point != share and (1 - point) * full < least:
+            continue
         levels = chosen if point == share else knapsack(found, (1 - point) * full)
         damage, changed = trials.measured({name: level.sparsity for name, level in levels.items()})
         seen.append(Seen(point, sum(level.damage for level in levels.values()), damage, changed))
-    return nondominated(seen)
+    return seen
 
 
 def nondominated(points: Sequence[Seen]) -> tuple[Seen, ...]:

@@ -19,6 +19,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx import numpy_helper
 
+from sparsec.data import input_spec, load_data
 from sparsec.errors import DataError
 from sparsec.passes.fidelity import Fidelity
 from sparsec.passes.layers import WeightedLayer
@@ -47,7 +48,7 @@ def in_parallel(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """`function` of each item, in order, on as many threads as this process may use; ONNX Runtime runs outside the GIL."""
     workers = min(WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if workers < 2 or len(items) < 2:
-        return [function(item) for item in items]
+        return _in_turn(function, items)
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(function, items))
 
@@ -67,10 +68,7 @@ def pick_samples(model: ir.Model, calibration: Any, count: int) -> list[dict[str
     sorted by class. DataError: there are none.
     """
     if isinstance(calibration, Mapping):
-        from sparsec.data import InputSpec, load_data
-
-        specs = [InputSpec(str(v.name), tuple(v.shape.numpy()), str(v.dtype.numpy())) for v in model.graph.inputs]  # type: ignore[union-attr]
-        calibration = load_data(calibration, specs)
+        calibration = load_data(calibration, [input_spec(value) for value in model.graph.inputs])
     total = len(calibration)
     wanted = set(np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist())
     picked = [dict(sample) for i, sample in enumerate(calibration) if i in wanted]
@@ -192,21 +190,36 @@ class Trials:
             changed.update(stored)
         return changed
 
-    def damages(self, sparsities: Mapping[str, float], rows: Sequence[int] | None = None) -> np.ndarray:
-        """The damage of each sample of `rows` (default: all)."""
-        return self._compare(sparsities, rows)[0]
+    def damages(self, sparsities: Mapping[str, float]) -> np.ndarray:
+        """The damage of each sample."""
+        outputs = self._run(self.weights(sparsities), range(len(self._samples)), in_parallel)
+        return self._fidelity.damages(outputs)
+
+    def damages_of(self, several: Sequence[Mapping[str, float]], rows: Sequence[int]) -> list[float]:
+        """The mean damage of each allocation on the samples `rows`."""
+
+        def one(weights: Weights) -> float:
+            outputs = self._run(weights, rows, _in_turn)
+            return float(self._fidelity.damages(outputs, np.asarray(rows)).mean())
+
+        return in_parallel(one, [self.weights(sparsities) for sparsities in several])
 
     def measured(self, sparsities: Mapping[str, float]) -> tuple[float, float | None]:
         """Mean damage over all samples, and the share of them whose top class changed (None: no classifier)."""
-        damages, changed = self._compare(sparsities, None)
-        return float(damages.mean()), float(changed.mean()) if self._fidelity.classifies else None
+        outputs = self._run(self.weights(sparsities), range(len(self._samples)), in_parallel)
+        changed = float(self._fidelity.changed(outputs).mean()) if self._fidelity.classifies else None
+        return float(self._fidelity.damages(outputs).mean()), changed
 
-    def _compare(self, sparsities: Mapping[str, float], rows: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
-        index = np.arange(len(self._samples)) if rows is None else np.asarray(rows)
-        session = self._whole.session(self.weights(sparsities))
+    def _run(
+        self, weights: Weights, rows: Sequence[int], order: Callable[[Callable[[int], T], Sequence[int]], list[T]]
+    ) -> list[np.ndarray]:
+        session = self._whole.session(weights)
 
         def one(row: int) -> list[np.ndarray]:
             return session.run(None, {name: self._samples[row][name] for name in self._whole.inputs})
 
-        outputs = [np.stack(ys) for ys in zip(*in_parallel(one, [int(i) for i in index]), strict=True)]
-        return self._fidelity.damages(outputs, index), self._fidelity.changed(outputs, index)
+        return [np.stack(ys) for ys in zip(*order(one, rows), strict=True)]
+
+
+def _in_turn(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    return [function(item) for item in items]
