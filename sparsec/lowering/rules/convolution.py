@@ -13,18 +13,10 @@ from sparsec.kernels.base import Machine, roofline_us
 from sparsec.lowering.calls import Calls
 from sparsec.lowering.match import Group, attribute, constant, dims, fuse
 from sparsec.lowering.prices import SPARSE_FROM, Bound, Prices, Way, choose
-from sparsec.lowering.rules.base import (
-    Context,
-    Emitter,
-    Taken,
-    declare,
-    dtype_of,
-    emit_simple,
-    node_names,
-)
+from sparsec.lowering.rules.base import Context, Emitter, Taken, declare, emit_simple, float_input, node_names, record
 from sparsec.lowering.rules.product import bind_product
 from sparsec.lowering.structure import detect_structure
-from sparsec.program import Layer
+from sparsec.passes.windows import automatic_pads
 from sparsec.tuning import Choices
 
 
@@ -33,21 +25,13 @@ def window_pads(
 ) -> tuple[int, ...]:
     """Begin and end pads by axis, `auto_pad` resolved as the ONNX operator page defines it."""
     mode = attribute(node, "auto_pad", "NOTSET")
-    if mode in ("SAME_UPPER", "SAME_LOWER"):
-        begins, ends = [], []
-        for length, k, stride, dilation in zip(size, kernel, strides, dilations, strict=True):
-            total = max(0, (-(-length // stride) - 1) * stride + (k - 1) * dilation + 1 - length)
-            small, large = total // 2, total - total // 2
-            begins.append(small if mode == "SAME_UPPER" else large)
-            ends.append(large if mode == "SAME_UPPER" else small)
-        return (*begins, *ends)
-    if mode == "VALID":
-        return (0,) * (2 * len(size))
+    if mode != "NOTSET":
+        return tuple(automatic_pads(mode, size, kernel, strides, dilations))
     return tuple(attribute(node, "pads", (0,) * (2 * len(size))))
 
 
 @dataclass(frozen=True)
-class _ConvNode:
+class ConvNode:
     """A Conv as 2-D: 1-D convolutions get a height of 1."""
 
     x_shape: tuple[int, int, int, int]
@@ -58,15 +42,28 @@ class _ConvNode:
     dilations: tuple[int, int]
     groups: int
 
+    @property
+    def one_pixel(self) -> bool:
+        """Whether its window covers all of x, once: a product."""
+        return self.groups == 1 and self.x_shape[2:] == self.w.shape[2:] and not any(self.pads)
 
-def _read_conv(node: ir.Node) -> _ConvNode | str:
-    x = node.inputs[0]
+    @property
+    def geometry(self) -> conv.Geometry:
+        """Of one group."""
+        n, c, h, w = self.x_shape
+        part_shape = (self.w.shape[0] // self.groups, *self.w.shape[1:])
+        return conv.Geometry((n, c // self.groups, h, w), part_shape, self.strides, self.pads, self.dilations)
+
+
+def read_conv(node: ir.Node) -> ConvNode | str:
+    """The node with constant weights, or why it has no kernel."""
     w = constant(node.inputs[1])
     bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-    if x is None or w is None or (len(node.inputs) > 2 and node.inputs[2] is not None and bias is None):
+    if w is None or (len(node.inputs) > 2 and node.inputs[2] is not None and bias is None):
         return "its weights are computed, not constant"
-    if dtype_of(x) != "float32":
-        return f"its data is {dtype_of(x)}, not float32"
+    x = float_input(node)
+    if isinstance(x, str):
+        return x
     rank = w.ndim - 2
     if rank not in (1, 2):
         return f"it is a {rank}-D convolution"
@@ -79,7 +76,7 @@ def _read_conv(node: ir.Node) -> _ConvNode | str:
         strides, dilations, pads = (1, *strides), (1, *dilations), (0, pads[0], 0, pads[1])
     if min(pads) < 0:
         return "its pads are negative"
-    return _ConvNode(shape, w, bias, strides, pads, dilations, int(attribute(node, "group", 1)))
+    return ConvNode(shape, w, bias, strides, pads, dilations, int(attribute(node, "group", 1)))
 
 
 def price_conv(machine: Machine, geometry: conv.Geometry, w: np.ndarray) -> Prices:
@@ -113,7 +110,7 @@ def take_conv(node: ir.Node, context: Context) -> Taken | str | None:
     """Conv, groups 1 or few, by the register-tile family; depthwise by its own."""
     if node.op_type != "Conv":
         return None
-    read = _read_conv(node)
+    read = read_conv(node)
     if isinstance(read, str):
         return read
     x = node.inputs[0]
@@ -137,16 +134,16 @@ def take_conv(node: ir.Node, context: Context) -> Taken | str | None:
         return Taken(group, emit_simple(group, call, inputs, "depthwise", us))
     if read.groups > 1 and (read.x_shape[0] != 1 or read.groups > 32):
         return f"{read.groups} groups"
-    if read.groups == 1 and read.x_shape[2:] == read.w.shape[2:] and not any(read.pads):  # one pixel out: a product
+    if read.one_pixel:
         return bind_product(group, context, x, read.x_shape[0], read.w.reshape(read.w.shape[0], -1), read.bias)
     return Taken(group, _emit_conv(group, read, machine, context.tuning))
 
 
-def _emit_conv(group: Group, read: _ConvNode, machine: Machine, tuning: Choices | None) -> Emitter:
+def _emit_conv(group: Group, read: ConvNode, machine: Machine, tuning: Choices | None) -> Emitter:
     g = read.groups
-    n, c, h, w = read.x_shape
+    _, c, h, w = read.x_shape
     part_shape = (read.w.shape[0] // g, *read.w.shape[1:])
-    geometry = conv.Geometry((n, c // g, h, w), part_shape, read.strides, read.pads, read.dilations)
+    geometry = read.geometry
 
     def emit(calls: Calls) -> None:
         x = declare(calls, group.main.inputs[0])  # type: ignore[arg-type]
@@ -179,21 +176,10 @@ def _emit_conv(group: Group, read: _ConvNode, machine: Machine, tuning: Choices 
             bound = {"x": source, "y": y} | ({"residual": other} if other else {})
             calls.emit(main, bound, ("y",), names, group.name + suffix, at_x | at_y)
             stored += sum(array.nbytes for array in main.constants.values())
-        calls.layers.append(
-            Layer(
-                group.name,
-                group.op,
-                dims(group.output),
-                "native",
-                main.name,
-                reason,
-                zeros=float(np.mean(read.w == 0)),
-                structure=str(prices.structure),
-                candidates=tuple(replace(k, predicted_us=k.predicted_us * g) for k in candidates),
-                bytes=stored,
-                predicted_us=g * way.predicted_us,
-                nodes=names,
-            )
-        )
+        record(
+            calls, group, main.name, reason, zeros=float(np.mean(read.w == 0)), structure=str(prices.structure),
+            candidates=tuple(replace(k, predicted_us=k.predicted_us * g) for k in candidates),
+            bytes=stored, predicted_us=g * way.predicted_us,
+        )  # fmt: skip
 
     return emit
