@@ -27,6 +27,7 @@ from sparsec.data import Data, Images, InputSpec, input_spec, load_data
 from sparsec.errors import CheckError, RuntimeUnavailable, UsageError
 from sparsec.loading import load_model, model_bytes
 from sparsec.lowering import lower
+from sparsec.lowering.predict import layer_price
 from sparsec.passes_api import resolve_passes
 from sparsec.pipeline import run_passes
 from sparsec.program import Program
@@ -173,7 +174,10 @@ def _rewrite(
     def tell(step: str, done: int, total: int) -> None:
         say(f"{step} ({done + 1}/{total})" if done < total else step)
 
-    changed, records = run_passes(loaded, steps, calibration=data, target=target, dump=dump, progress=tell)
+    changed, records = run_passes(
+        loaded, steps, calibration=data, target=target, dump=dump, progress=tell,
+        price=layer_price(target) if target is not None else None,
+    )  # fmt: skip
     document = {**recipe.document(), "passes": [{"name": r["name"], "options": r.get("options", {})} for r in records]}
     digests = {
         "model": origin,

@@ -50,6 +50,7 @@ META_KEY = "sparsec"
 PLUGIN_BYTES = 1 << 20  # a pass file is about 120 lines
 
 Progress = Callable[[str, int, int], None]  # what, done, total
+Price = Callable[[Any, np.ndarray], float]  # a `sparsec.passes.layers.WeightedLayer` and its weight; microseconds
 
 
 class Samples(Protocol):
@@ -83,7 +84,8 @@ class Context:
     `sparsec.targets.Target`, or None where only ONNX is written. `records`: a pass appends JSON-able dicts that say
     what it did (one a layer); they go into the manifest, so no times and no absolute paths. `original`: ONNX bytes of
     the last model that still computed what the loaded one does: the loaded model after the exact passes before the
-    first inexact one; None outside the pipeline.
+    first inexact one; None outside the pipeline. `price`: (layer, weight [OC, IC, KH, KW]) -> microseconds that the
+    target's cost model predicts, or None without a target.
     """
 
     calibration: Samples | None = None
@@ -91,6 +93,7 @@ class Context:
     progress: Progress | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
     original: bytes | None = field(default=None, repr=False)
+    price: Price | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.calibration, Mapping):

@@ -17,7 +17,7 @@ from sparsec.data import input_spec, load_data
 from sparsec.errors import CheckError, RecipeError, SparsecError, UsageError
 from sparsec.loading import model_bytes
 from sparsec.passes.fold_constants import quiet_session
-from sparsec.passes_api import META_KEY, Context, PassStep, Progress, Samples, as_step
+from sparsec.passes_api import META_KEY, Context, PassStep, Price, Progress, Samples, as_step
 from sparsec.tolerance import derive_tolerance
 
 # Folding rounds each weight once more, u * sqrt(3 k) not the u * sqrt(2 k) of two implementations (tolerance.py),
@@ -33,10 +33,12 @@ def run_passes(
     target: Any = None,
     dump: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    price: Price | None = None,
 ) -> tuple[ir.Model, list[dict[str, Any]]]:
     """`model` after `passes` (steps, specs, pass objects or classes), and one JSON-able record a pass.
 
-    In-place passes change `model` itself. `calibration`: samples, or arrays [N, ...] by input name. `dump`: a folder
+    In-place passes change `model` itself. `calibration`: samples, or arrays [N, ...] by input name. `price`:
+    what a layer costs on the target (`Context.price`). `dump`: a folder
     that receives `10-load.onnx`, `20-NAME.onnx`, ...; a step that changed nothing leaves `20-NAME.unchanged.txt`.
     Raises RecipeError if a pass finds nothing to do or fails, CheckError if a pass breaks the model or a promise of
     equal outputs.
@@ -52,7 +54,7 @@ def run_passes(
     for index, step in enumerate(steps):
         if progress is not None:
             progress(step.name, index, len(steps))
-        model, record = _run(model, step, Context(calibration, target, progress, original=original))
+        model, record = _run(model, step, Context(calibration, target, progress, original=original, price=price))
         after = model_bytes(model)
         record["modified"] = after != data
         stem = f"{10 * (index + 2)}-{step.name}"
