@@ -17,6 +17,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from sparsec.passes.fold_constants import constant, remove_unused_initializers, static_shape
+from sparsec.passes.windows import automatic_pads
 from sparsec.passes_api import Context, Pass, PassResult
 
 WINDOWED = ("Conv", "MaxPool", "AveragePool", "LpPool")
@@ -64,15 +65,7 @@ def _resolve_auto_pad(node: ir.Node) -> bool:
     shape, window = static_shape(node.inputs[0]), _window(node)
     if window is None or shape is None:
         return False
-    begin, end = [], []
-    for size, k, stride, dilation in zip(shape[2:], *window, strict=True):
-        total = 0
-        if mode.startswith("SAME"):
-            total = max((-(-size // stride) - 1) * stride + (k - 1) * dilation + 1 - size, 0)
-        less, more = total // 2, total - total // 2
-        begin.append(less if mode == "SAME_UPPER" else more)
-        end.append(more if mode == "SAME_UPPER" else less)
-    node.attributes["pads"] = ir.AttrInt64s("pads", begin + end)
+    node.attributes["pads"] = ir.AttrInt64s("pads", automatic_pads(mode, shape[2:], *window))
     del node.attributes["auto_pad"]
     return True
 

@@ -11,6 +11,8 @@ https://onnx.ai/onnx/operators/onnx__MaxPool.html
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -58,6 +60,19 @@ def resolve_ceil_mode(node: ir.Node, shape: tuple[int, ...]) -> bool:
     node.attributes["ceil_mode"] = ir.AttrInt64("ceil_mode", 1)
     node.attributes["pads"] = ir.AttrInt64s("pads", [*begin, *(max(e, 0) for e in shorter)])
     return True
+
+
+def automatic_pads(
+    mode: str, size: Sequence[int], kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+) -> list[int]:
+    """Begin and end pads by axis that `auto_pad` (SAME_UPPER, SAME_LOWER or VALID) means."""
+    begin, end = [], []
+    for length, k, s, d in zip(size, kernel, strides, dilations, strict=True):
+        total = max((-(-length // s) - 1) * s + (k - 1) * d + 1 - length, 0) if mode.startswith("SAME") else 0
+        less, more = total // 2, total - total // 2
+        begin.append(less if mode == "SAME_UPPER" else more)
+        end.append(more if mode == "SAME_UPPER" else less)
+    return begin + end
 
 
 def _cut(node: ir.Node, shape: tuple[int, ...], ends: list[int]) -> None:

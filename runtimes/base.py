@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -84,9 +85,16 @@ class Session(ABC):
         for sample in samples:
             yield self.run(sample)
 
-    @abstractmethod
     def time(self, inputs: Arrays, runs: int, warmup: int = 1) -> Stats:
-        """Latency of one run, `runs` times after `warmup` runs."""
+        """Latency of one run, `runs` times after `warmup` runs. A session that has no `once` measures in its own way."""
+        call = self.once(inputs)
+        seconds = []
+        for i in range(-warmup, runs):
+            start = time.perf_counter()
+            call()
+            if i >= 0:
+                seconds.append(time.perf_counter() - start)
+        return Stats.of(seconds, self.peak_bytes())
 
     def once(self, inputs: Arrays) -> Callable[[], object]:
         """A function without arguments that runs the model once; only where `interleaves`."""

@@ -7,7 +7,6 @@ import ctypes
 import json
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 
 from sparsec.data import InputSpec
 from sparsec.errors import ArtifactError, RuntimeUnavailable
-from sparsec.runtimes.base import Arrays, Compiled, Runtime, Session, Stats, machine_arch
+from sparsec.runtimes.base import Arrays, Compiled, Runtime, Session, machine_arch
 
 _MAX_RANK = 8
 _CPU_FEATURE = -4
@@ -139,16 +138,6 @@ class NativeSession(Session):
 
     def once(self, inputs: Arrays) -> Callable[[], object]:
         return self._call(inputs)[0]
-
-    def time(self, inputs: Arrays, runs: int, warmup: int = 1) -> Stats:
-        call = self.once(inputs)
-        seconds = []
-        for i in range(-warmup, runs):
-            start = time.perf_counter()
-            call()
-            if i >= 0:
-                seconds.append(time.perf_counter() - start)
-        return Stats.of(seconds, self.peak_bytes())
 
     def peak_bytes(self) -> int | None:
         """Peak resident memory of the artifact's own `bench`: the model without Python around it."""

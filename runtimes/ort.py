@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from sparsec.data import InputSpec
 from sparsec.errors import ModelError, RuntimeUnavailable
-from sparsec.runtimes.base import Arrays, Compiled, Runtime, Session, Stats
+from sparsec.runtimes.base import Arrays, Compiled, Runtime, Session
 
 _NUMPY = {"float": "float32", "double": "float64"}  # ONNX Runtime's words where they differ from NumPy's
 
@@ -64,16 +63,6 @@ class OrtSession(Session):
         self.run(inputs)  # errors with their text, not in the middle of a measurement
         session = self._session
         return lambda: session.run(None, inputs)
-
-    def time(self, inputs: Arrays, runs: int, warmup: int = 1) -> Stats:
-        call = self.once(inputs)
-        seconds = []
-        for i in range(-warmup, runs):
-            start = time.perf_counter()
-            call()
-            if i >= 0:
-                seconds.append(time.perf_counter() - start)
-        return Stats.of(seconds)
 
 
 def _spec(node: Any) -> InputSpec:

@@ -25,6 +25,7 @@ MAX_ELEMENTS = (1 << 31) - (1 << 16)  # of a tensor: kernels index with 32 bits,
 SLACK = 256  # readable bytes behind every buffer and constant: vector loads may run past a tail
 
 Space = Literal["arena", "weights", "scratch"]
+Route = Literal["native", "generic", "free"]  # free: no code at all (a view, an in-place concatenation)
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Layer:
     name: str  # the main ONNX node
     op: str  # its operator, with what was fused: "Conv+Clip"
     shape: tuple[int, ...]  # of the output
-    route: Literal["native", "generic", "free"]  # free: no code at all (a view, an in-place concatenation)
+    route: Route
     kernel: str
     reason: str
     zeros: float = 0.0  # share of zeros of the weight; 0 where there is none

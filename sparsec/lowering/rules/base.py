@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +16,7 @@ import onnx_ir as ir
 from sparsec.kernels.base import KernelCall, Machine
 from sparsec.lowering.calls import Calls
 from sparsec.lowering.match import Group, constant, dims
-from sparsec.program import Candidate, Layer
+from sparsec.program import Candidate, Layer, Route
 from sparsec.tuning import Choices
 
 Emitter = Callable[[Calls], None]
@@ -47,6 +48,13 @@ def dtype_of(value: ir.Value) -> str:
     return str(value.dtype.numpy())
 
 
+def float_input(node: ir.Node) -> ir.Value | str:
+    """The node's first input, or why no kernel of ours reads it."""
+    x = node.inputs[0]
+    assert x is not None
+    return x if dtype_of(x) == "float32" else f"its data is {dtype_of(x)}, not float32"
+
+
 def declare(calls: Calls, value: ir.Value, element: str | None = None) -> str:
     """The name in the calls of an ONNX value: an activation, or a constant of the graph.
 
@@ -62,6 +70,12 @@ def declare(calls: Calls, value: ir.Value, element: str | None = None) -> str:
 def node_names(group: Group) -> tuple[str, ...]:
     """Names of a group's nodes."""
     return tuple(node.name or "" for node in group.nodes)
+
+
+def record(calls: Calls, group: Group, kernel: str, reason: str, route: Route = "native", **facts: Any) -> None:
+    """Add what `inspect` prints of a group; `facts` are fields of `Layer`."""
+    nodes = node_names(group)
+    calls.layers.append(Layer(group.name, group.op, dims(group.output), route, kernel, reason, nodes=nodes, **facts))
 
 
 def emit_simple(
@@ -81,23 +95,10 @@ def emit_simple(
         bound = {role: declare(calls, value) for role, value in inputs.items()}
         bound["y"] = declare(calls, group.output)
         calls.emit(call, bound, ("y",), node_names(group), group.name)
-        stored = sum(array.nbytes for array in call.constants.values())
-        zeros = float(np.mean(weight == 0)) if weight is not None else 0.0
-        calls.layers.append(
-            Layer(
-                group.name,
-                group.op,
-                dims(group.output),
-                "native",
-                call.name,
-                reason,
-                zeros=zeros,
-                structure=structure,
-                candidates=candidates,
-                bytes=stored,
-                predicted_us=us,
-                nodes=node_names(group),
-            )
-        )
+        record(
+            calls, group, call.name, reason,
+            zeros=float(np.mean(weight == 0)) if weight is not None else 0.0, structure=structure, candidates=candidates,
+            bytes=sum(array.nbytes for array in call.constants.values()), predicted_us=us,
+        )  # fmt: skip
 
     return emit

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from sparsec.kernels import elementwise
 from sparsec.kernels.base import roofline_us
 from sparsec.lowering.match import Group, dims, find_activation, fuse, in_graph_order, unary_activation
-from sparsec.lowering.rules.base import Context, Taken, dtype_of, emit_simple
+from sparsec.lowering.rules.base import Context, Taken, dtype_of, emit_simple, float_input
 
 _OPS: dict[str, Any] = {"Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div"}
 
@@ -19,10 +19,10 @@ def take_binary(node: ir.Node, context: Context) -> Taken | str | None:
     """Add, Sub, Mul and Div where one side has the result's shape."""
     if node.op_type not in _OPS:
         return None
-    a, b = node.inputs[0], node.inputs[1]
-    assert a is not None and b is not None
-    if dtype_of(a) != "float32":
-        return f"its data is {dtype_of(a)}, not float32"
+    a, b = float_input(node), node.inputs[1]
+    if isinstance(a, str):
+        return a
+    assert b is not None
     out = dims(node.outputs[0])
     # A side that is a decomposed activation's own gate is taken with the whole activation.
     for value in (a, b):

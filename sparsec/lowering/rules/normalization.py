@@ -8,17 +8,16 @@ import onnx_ir as ir
 from sparsec.kernels import normalize
 from sparsec.kernels.base import roofline_us
 from sparsec.lowering.match import Group, attribute, constant, dims
-from sparsec.lowering.rules.base import Context, Taken, dtype_of, emit_simple
+from sparsec.lowering.rules.base import Context, Taken, emit_simple, float_input
 
 
 def take_softmax(node: ir.Node, context: Context) -> Taken | str | None:
     """Softmax over the last axis that is not 1."""
     if node.op_type != "Softmax":
         return None
-    x = node.inputs[0]
-    assert x is not None
-    if dtype_of(x) != "float32":
-        return f"its data is {dtype_of(x)}, not float32"
+    x = float_input(node)
+    if isinstance(x, str):
+        return x
     shape = dims(x)
     axis = int(attribute(node, "axis", -1)) % len(shape)
     if any(extent != 1 for extent in shape[axis + 1 :]):
@@ -35,10 +34,9 @@ def take_layernorm(node: ir.Node, context: Context) -> Taken | str | None:
     """LayerNormalization over the last axis, with constant scale and shift, whose statistics nobody reads."""
     if node.op_type != "LayerNormalization":
         return None
-    x = node.inputs[0]
-    assert x is not None
-    if dtype_of(x) != "float32":
-        return f"its data is {dtype_of(x)}, not float32"
+    x = float_input(node)
+    if isinstance(x, str):
+        return x
     shape = dims(x)
     axis = int(attribute(node, "axis", -1)) % len(shape)
     if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from sparsec.kernels import planes, pool
 from sparsec.kernels.base import roofline_us
 from sparsec.lowering.match import attribute, constant, dims, fuse
-from sparsec.lowering.rules.base import Context, Taken, dtype_of, emit_simple
+from sparsec.lowering.rules.base import Context, Taken, emit_simple, float_input
 from sparsec.lowering.rules.convolution import window_pads
 
 
@@ -18,12 +18,11 @@ def take_pool(node: ir.Node, context: Context) -> Taken | str | None:
     """MaxPool and AveragePool, 1-D as planes one row high."""
     if node.op_type not in ("MaxPool", "AveragePool"):
         return None
-    x = node.inputs[0]
-    assert x is not None
+    x = float_input(node)
+    if isinstance(x, str):
+        return x
     if len(node.outputs) > 1 and node.outputs[1].uses():
         return "its indices are used"
-    if dtype_of(x) != "float32":
-        return f"its data is {dtype_of(x)}, not float32"
     shape = dims(x)
     kernel = tuple(attribute(node, "kernel_shape", ()))
     rank = len(kernel)
@@ -57,10 +56,9 @@ def take_global_pool(node: ir.Node, context: Context) -> Taken | str | None:
     }  # fmt: skip
     if node.op_type not in modes:
         return None
-    x = node.inputs[0]
-    assert x is not None
-    if dtype_of(x) != "float32":
-        return f"its data is {dtype_of(x)}, not float32"
+    x = float_input(node)
+    if isinstance(x, str):
+        return x
     shape = dims(x)
     first = 2
     if node.op_type.startswith("Reduce"):

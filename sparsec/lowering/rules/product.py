@@ -16,7 +16,7 @@ from sparsec.kernels import fc, gemm
 from sparsec.kernels.base import KernelCall, Machine
 from sparsec.lowering.match import VIEWS, Group, attribute, constant, dims, fuse, only_consumer, scalar
 from sparsec.lowering.prices import SPARSE_FROM, Bound, Prices, Way, choose
-from sparsec.lowering.rules.base import Context, Taken, dtype_of, emit_simple
+from sparsec.lowering.rules.base import Context, Taken, emit_simple, float_input
 from sparsec.lowering.structure import detect_structure
 
 
@@ -24,12 +24,12 @@ def take_gemm(node: ir.Node, context: Context) -> Taken | str | None:
     """Gemm, or MatMul with a constant rank-2 right side."""
     if node.op_type not in ("Gemm", "MatMul"):
         return None
-    x, b = node.inputs[0], node.inputs[1]
-    w = constant(b)
-    if x is None or x.const_value is not None or w is None or w.ndim != 2:
+    w = constant(node.inputs[1])
+    if constant(node.inputs[0]) is not None or w is None or w.ndim != 2:
         return None if node.op_type == "MatMul" else "its weight is computed, not constant"
-    if dtype_of(x) != "float32":
-        return f"its data is {dtype_of(x)}, not float32"
+    x = float_input(node)
+    if isinstance(x, str):
+        return x
     bias: np.ndarray | None = None
     if node.op_type == "Gemm":
         if attribute(node, "transA", 0):
@@ -100,10 +100,10 @@ def take_matmul(node: ir.Node, context: Context) -> Taken | str | None:
     """MatMul of two activations, with equal batch or one side shared."""
     if node.op_type != "MatMul":
         return None
-    a, b = node.inputs[0], node.inputs[1]
-    assert a is not None and b is not None
-    if dtype_of(a) != "float32":
-        return f"its data is {dtype_of(a)}, not float32"
+    a, b = float_input(node), node.inputs[1]
+    if isinstance(a, str):
+        return a
+    assert b is not None
     left, right = dims(a), dims(b)
     if len(left) < 2 or len(right) < 2:
         return "one side is a vector"

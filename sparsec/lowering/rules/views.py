@@ -12,8 +12,7 @@ from sparsec.kernels import emit as tir
 from sparsec.kernels.base import KernelCall
 from sparsec.lowering.calls import Calls
 from sparsec.lowering.match import Group, attribute, constant, dims
-from sparsec.lowering.rules.base import Context, Taken, declare, dtype_of, node_names
-from sparsec.program import Layer
+from sparsec.lowering.rules.base import Context, Taken, declare, dtype_of, node_names, record
 
 _VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout")
 
@@ -43,9 +42,7 @@ def take_view(node: ir.Node, context: Context) -> Taken | str | None:
         source = declare(calls, node.inputs[0])  # type: ignore[arg-type]
         target = declare(calls, node.outputs[0])
         calls.views[target] = (source, 0)
-        calls.layers.append(
-            Layer(group.name, group.op, dims(group.output), "free", "view", "the same memory", nodes=node_names(group))
-        )
+        record(calls, group, "view", "the same memory", "free")
 
     return Taken(group, emit)
 
@@ -92,17 +89,7 @@ def take_split(node: ir.Node, context: Context) -> Taken | str | None:
         for part, offset in zip(node.outputs, offsets, strict=True):
             if part.uses() or part.is_graph_output():
                 calls.views[declare(calls, part)] = (source, offset * item)
-        calls.layers.append(
-            Layer(
-                group.name,
-                group.op,
-                dims(group.output),
-                "free",
-                "view",
-                "part of the same memory",
-                nodes=node_names(group),
-            )
-        )
+        record(calls, group, "view", "part of the same memory", "free")
 
     return Taken(group, emit)
 
@@ -147,10 +134,7 @@ def take_concat(node: ir.Node, context: Context) -> Taken | str | None:
                 calls.emit(copy, {"x": name, "y": target}, ("y",), node_names(group), group.name, {"y": offset})
             offset += calls.size(name)
         how = f"{copied} of {len(node.inputs)} inputs are copied" if copied else "every producer writes in place"
-        route: Any = "native" if copied else "free"
-        calls.layers.append(
-            Layer(group.name, group.op, dims(out), route, "copy" if copied else "view", how, nodes=node_names(group))
-        )
+        record(calls, group, "copy" if copied else "view", how, "native" if copied else "free")
 
     return Taken(group, emit)
 
