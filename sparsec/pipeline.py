@@ -37,11 +37,10 @@ def run_passes(
 ) -> tuple[ir.Model, list[dict[str, Any]]]:
     """`model` after `passes` (steps, specs, pass objects or classes), and one JSON-able record a pass.
 
-    In-place passes change `model` itself. `calibration`: samples, or arrays [N, ...] by input name. `price`:
-    what a layer costs on the target (`Context.price`). `dump`: a folder
-    that receives `10-load.onnx`, `20-NAME.onnx`, ...; a step that changed nothing leaves `20-NAME.unchanged.txt`.
-    Raises RecipeError if a pass finds nothing to do or fails, CheckError if a pass breaks the model or a promise of
-    equal outputs.
+    In-place passes change `model` itself. `calibration`: samples, or arrays [N, ...] by input name. `price`: what a
+    layer costs on the target (`Context.price`). `dump`: a folder that receives `10-load.onnx`, `20-NAME.onnx`, ...; a
+    step that changed nothing leaves `20-NAME.unchanged.txt`. Raises RecipeError if a pass finds nothing to do or fails,
+    CheckError if a pass breaks the model or a promise of equal outputs.
     """
     steps = [as_step(item) for item in passes]
     if isinstance(calibration, Mapping):
