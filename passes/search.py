@@ -5,8 +5,8 @@ pruned (KL to the original for classifiers). Evolution, one parent g, g_l the le
 
     mutate   1 to 3 level switches: a random layer one level denser, then random other layers one level sparser until
              sum c_l(g_l) <= B; what is left of B makes random layers denser again
-    select   OFFSPRING children on few samples, the better quarter on half of them, the best on all; it becomes the
-             parent if D is less than the parent's on all samples
+    select   OFFSPRING children on few samples, the better quarter on half of them, the best two on all; the best
+             becomes the parent if its D is less than the parent's on all samples
 
     random   the baseline: as many allocations of log-normal densities that hold the budget, selected the same way
 
@@ -33,7 +33,7 @@ from sparsec.passes.trial import Trials
 
 GENERATIONS = 30
 OFFSPRING = 16
-FEW = 8  # samples / FEW on the first step of selection
+FEW, FEWEST = 8, 8  # samples / FEW on the first step of selection, but at least FEWEST
 TRIES = 50  # mutations that miss the budget before one is taken back
 
 Genes = np.ndarray  # int [layers]: the index of each layer's level, sparsity ascending
@@ -179,16 +179,16 @@ def _sparsities(space: Space, genes: Genes) -> dict[str, float]:
     return {name: space.levels[i][genes[i]].sparsity for i, name in enumerate(space.names)}
 
 
-def _select(
-    trials: Trials, space: Space, children: Sequence[Genes], rng: np.random.Generator
-) -> tuple[Genes, float]:  # fmt: skip
+def _select(trials: Trials, space: Space, children: Sequence[Genes], rng: np.random.Generator) -> tuple[Genes, float]:
     """The best child, and its damage on all samples."""
     count = len(trials)
     order = rng.permutation(count)
     rest = list({tuple(c.tolist()): c for c in children}.values())
-    for size, keep in ((max(1, count // FEW), -(-len(children) // 4)), (max(1, count // 2), 1)):
-        if len(rest) > keep:
+    few = min(count, max(FEWEST, count // FEW))
+    for size, keep in ((few, -(-len(children) // 4)), (max(few, count // 2), 2), (count, 1)):
+        if len(rest) > keep or size == count:
             rows = np.sort(order[:size]).tolist()
-            damages = trials.damages_of([_sparsities(space, genes) for genes in rest], rows)
-            rest = [rest[i] for i in np.argsort(damages, kind="stable")[:keep]]
-    return rest[0], float(trials.damages(_sparsities(space, rest[0])).mean())
+            damages = np.array(trials.damages_of([_sparsities(space, genes) for genes in rest], rows))
+            best = np.argsort(damages, kind="stable")[:keep]
+            rest, damages = [rest[i] for i in best], damages[best]
+    return rest[0], float(damages[0])
