@@ -7,10 +7,28 @@ from sparsec.passes.fold_batch_norm import FoldBatchNorm
 from sparsec.passes.fold_constants import FoldConstants
 from sparsec.passes.fuse_layer_norm import FuseLayerNorm
 from sparsec.passes.prune import Prune
+from sparsec.passes.recover import Recover
 from sparsec.passes.remove_no_ops import RemoveNoOps
 from sparsec.passes_api import Pass
 
 # Built-in passes by `Pass.name`; adding one is adding a line here.
-BUILT_IN: tuple[type[Pass], ...] = (FoldConstants, RemoveNoOps, ExplicitPads, FoldBatchNorm, FuseLayerNorm, Prune)
+BUILT_IN: tuple[type[Pass], ...] = (
+    FoldConstants,
+    RemoveNoOps,
+    ExplicitPads,
+    FoldBatchNorm,
+    FuseLayerNorm,
+    Prune,
+    Recover,
+)
 
-__all__ = ["BUILT_IN", "ExplicitPads", "FoldBatchNorm", "FoldConstants", "FuseLayerNorm", "Prune", "RemoveNoOps"]
+__all__ = [
+    "BUILT_IN",
+    "ExplicitPads",
+    "FoldBatchNorm",
+    "FoldConstants",
+    "FuseLayerNorm",
+    "Prune",
+    "Recover",
+    "RemoveNoOps",
+]

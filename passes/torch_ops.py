@@ -123,6 +123,8 @@ def _clip(spec: Spec) -> Function:
     low, high = (spec.constant(i, "bound")[0] if spec.has(i) else None for i in (1, 2))
     if low is None and high is None:
         return lambda x, *_: x
+    if low is not None and high is not None:
+        return lambda x, *_: F.hardtanh(x, low, high)  # the same values; its backward is one kernel, clamp's are four
     return lambda x, *_: torch.clamp(x, low, high)
 
 

@@ -1,0 +1,98 @@
+"""What two models compute alike, by name: the prefix that needs no second run and the values worth comparing.
+
+A node n of the model agrees with the node of the original that makes values of the same names if operator, attributes
+and constants are equal bit by bit and every input is a graph input or made by nodes that agree. Then its outputs are
+equal for every x. The *frontier* is what agreeing nodes make and others read. A *tap* is a value behind the first
+change that exists in both with one name and shape, where a weighted layer ends a bottleneck: its result is no larger
+than its input, or it is what the last weighted layer reads.
+
+Names mean what they say only while channels keep their places: compare with the model after exact passes, which permute
+channels, not with the one before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from sparsec.passes.layers import WeightedLayer, as_layer
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """`nodes` of the model agree with the original. `equal`: all of them do, and the models are one function."""
+
+    nodes: frozenset[ir.Node]
+    frontier: tuple[str, ...]
+    taps: tuple[str, ...]
+    equal: bool
+
+
+def agreement(original: ir.Model, model: ir.Model) -> Agreement:
+    """What `model` still computes as `original` does."""
+    makers = {str(y.name): node for node in original.graph for y in node.outputs}
+    same: set[str] = {str(x.name) for x in model.graph.inputs} & {str(x.name) for x in original.graph.inputs}
+    agreeing: set[ir.Node] = set()
+    for node in model.graph:
+        other = makers.get(str(node.outputs[0].name))
+        if other is not None and _agree(other, node, same):
+            agreeing.add(node)
+            same |= {str(y.name) for y in node.outputs}
+    inputs = {str(x.name) for x in model.graph.inputs}
+    read = {str(x.name) for node in model.graph if node not in agreeing for x in node.inputs if x is not None}
+    ends = {str(y.name) for y in model.graph.outputs}
+    frontier = sorted((same - inputs) & (read | ends))
+    taps = _taps(original, model, agreeing)
+    return Agreement(frozenset(agreeing), tuple(frontier), taps, ends <= same)
+
+
+def _agree(a: ir.Node, b: ir.Node, same: set[str]) -> bool:
+    if (a.op_type, a.domain, len(a.inputs)) != (b.op_type, b.domain, len(b.inputs)):
+        return False
+    if [y.name for y in a.outputs] != [y.name for y in b.outputs] or _attributes(a) != _attributes(b):
+        return False
+    for x, y in zip(a.inputs, b.inputs, strict=True):
+        if x is None or y is None:
+            if x is not y:
+                return False
+        elif x.const_value is not None and y.const_value is not None:
+            if not _equal(x.const_value, y.const_value):
+                return False
+        elif x.name != y.name or str(y.name) not in same:
+            return False
+    return True
+
+
+def _equal(a: ir.TensorProtocol, b: ir.TensorProtocol) -> bool:
+    return a is b or (a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a.numpy(), b.numpy()))
+
+
+def _attributes(node: ir.Node) -> dict[str, bytes]:
+    return {name: ir.to_proto(a).SerializeToString(deterministic=True) for name, a in node.attributes.items()}
+
+
+def _taps(original: ir.Model, model: ir.Model, agreeing: set[ir.Node]) -> tuple[str, ...]:
+    shapes = {str(y.name): y.shape for node in original.graph for y in node.outputs}
+    found: list[str] = []
+    last: ir.Value | None = None
+    for node in model.graph:
+        layer = as_layer(node)
+        if node in agreeing or not isinstance(layer, WeightedLayer):
+            continue
+        x, y = node.inputs[1 - layer.input_index if layer.op == "MatMul" else 0], node.outputs[0]
+        last = x
+        if _size(y) and _size(x) and _size(y) <= _size(x):
+            found.append(str(y.name))
+    if last is not None and last.producer() is not None and last.producer() not in agreeing:
+        found.append(str(last.name))
+    values = {str(y.name): y.shape for node in model.graph for y in node.outputs}
+    ends = {str(y.name) for y in model.graph.outputs}
+    return tuple(dict.fromkeys(n for n in found if n in shapes and shapes[n] == values[n] and n not in ends))
+
+
+def _size(value: ir.Value | None) -> int:
+    if value is None or value.shape is None or not all(isinstance(d, int) for d in value.shape):
+        return 0
+    return int(np.prod([int(str(d)) for d in value.shape], dtype=np.int64))
