@@ -8,6 +8,7 @@ workspace hooks and no argument checks; accumulators are stack slots that LLVM t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,17 @@ def lower_kernels(kernels: tuple[Kernel, ...], target: Target) -> Any:
 
 def compile_kernels(kernels: tuple[Kernel, ...], target: Target, path: Path) -> None:
     """Write one relocatable object with every kernel as a global function to `path`. Raises BuildError."""
+    _machine_code(kernels, target, lambda library: library.write_to_file(str(path), "o"))
+
+
+def assembly(kernels: tuple[Kernel, ...], target: Target) -> str:
+    """The same code as the target's assembly, for reading. Raises BuildError."""
+    return _machine_code(kernels, target, lambda library: library.inspect_source("s"))
+
+
+def _machine_code(kernels: tuple[Kernel, ...], target: Target, use: Callable[[Any], Any]) -> Any:
     try:
-        library = codegen_build(lower_kernels(kernels, target), tvm_target(target).host)
-        library.write_to_file(str(path), "o")
+        return use(codegen_build(lower_kernels(kernels, target), tvm_target(target).host))
     except (tvm.error.InternalError, RuntimeError, ValueError, TypeError) as error:
         raise BuildError(f"TVM could not build {len(kernels)} kernels: {_last_line(error)}", target.name) from error
 
