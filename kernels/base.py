@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -95,6 +96,11 @@ class KernelCall:
     tiles: int
     scratch: int = 0
     text: str = ""
+
+
+def unique(stem: str, *facts: Any) -> str:
+    """A kernel name that begins with `stem` and differs where any of the facts that its code depends on differs."""
+    return f"{stem}_{hashlib.sha256(repr(facts).encode()).hexdigest()[:10]}"
 
 
 def roofline_us(machine: Machine, flops: float, moved: float) -> float:

@@ -84,6 +84,11 @@ def store(buffer: Any, start: Any, value: Any, lanes: int, valid: int | None = N
         done += part
 
 
+def prefetch(buffer: Any, index: Any) -> None:
+    """Ask for the cache line of an element that will be read soon; nothing happens where it does not exist."""
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(buffer[index]), 0, 3, 1))
+
+
 def lane(vector: Any, index: int, width: int) -> Any:
     """Lane `index` of a vector in all of `width` lanes: an FMA's by-element operand on Arm."""
     return T.Shuffle([vector] * max(1, width // lanes_of(vector)), [index] * width)
@@ -127,28 +132,36 @@ class Scalars:
 
 
 class Accumulators:
-    """Sums in registers: `rows` x len(widths) vectors, of possibly different widths."""
+    """Sums in registers: for each part p a number of vectors, `counts[p]`, all `widths[p]` lanes wide."""
 
-    def __init__(self, rows: int, widths: Sequence[int], element: str) -> None:
-        self.rows, self.widths, self.element = rows, tuple(widths), element
-        self._registers = {w: registers(rows * self.widths.count(w), w, element) for w in sorted(set(widths))}
+    def __init__(self, counts: Sequence[int], widths: Sequence[int], element: str) -> None:
+        self.counts, self.widths, self.element = tuple(counts), tuple(widths), element
+        self._registers = {
+            width: registers(sum(c for c, w in zip(counts, widths, strict=True) if w == width), width, element)
+            for width in sorted(set(widths))
+        }
 
-    def _slot(self, r: int, p: int) -> int:
-        return self.rows * self.widths[:p].count(self.widths[p]) + r
+    def _slot(self, i: int, p: int) -> int:
+        width = self.widths[p]
+        return sum(c for c, w in zip(self.counts[:p], self.widths[:p], strict=True) if w == width) + i
 
-    def get(self, r: int, p: int) -> Any:
+    def like(self) -> Accumulators:
+        """Other accumulators of the same shape."""
+        return Accumulators(self.counts, self.widths, self.element)
+
+    def get(self, i: int, p: int) -> Any:
         """The value of one accumulator."""
-        return self._registers[self.widths[p]][self._slot(r, p)]
+        return self._registers[self.widths[p]][self._slot(i, p)]
 
-    def set(self, r: int, p: int, value: Any) -> None:
+    def set(self, i: int, p: int, value: Any) -> None:
         """Replace one accumulator."""
-        T.buffer_store(self._registers[self.widths[p]], value, [self._slot(r, p)])
+        T.buffer_store(self._registers[self.widths[p]], value, [self._slot(i, p)])
 
     def fill(self, value: Callable[[int, int], Any]) -> None:
-        """Replace every accumulator by `value(r, p)`."""
+        """Replace every accumulator by `value(i, p)`."""
         for p in range(len(self.widths)):
-            for r in range(self.rows):
-                self.set(r, p, value(r, p))
+            for i in range(self.counts[p]):
+                self.set(i, p, value(i, p))
 
 
 def in_rounds(count: Any, size: int, one: Callable[[Any, int], None]) -> None:
@@ -174,7 +187,7 @@ def in_chains(sums: Accumulators, count: Any, limit: int, body: Callable[[Any, A
     if not limit:
         body(0, count)
         return
-    before = Accumulators(sums.rows, sums.widths, sums.element)
+    before = sums.like()
     before.fill(sums.get)
     with T.serial(0, (count + limit - 1) // limit) as i:
         sums.fill(lambda r, p: constant(0, sums.widths[p], sums.element))

@@ -308,7 +308,7 @@ class _Layer:
         """A panel of x rows, one group: R outputs by vectors of rows; `live` of the R outputs exist."""
         rows, width = self.packed.rows, self.packed.columns
         values, panel = self.buffers["values"], self.buffers["scratch"]
-        acc = emit.Accumulators(rows, [part.lanes for part in parts], self.machine.element)
+        acc = emit.Accumulators([rows] * len(parts), [part.lanes for part in parts], self.machine.element)
         for p, part in enumerate(parts):
             for r in range(rows):
                 acc.set(r, p, emit.splat(self.buffers["bias"][g * rows + r], part.lanes))

@@ -197,7 +197,7 @@ def register_tile(
     weights: Callable[[Any, Part], Any], start: Callable[[Part], Any], done: Callable[[int, Part, Any], None],
 ) -> None:  # fmt: skip
     """Accumulate `depth` products. `x_at(r)`: element of `x` where row r begins; `weights(k, part)`: a vector of row k."""
-    acc = emit.Accumulators(rows, [part.lanes for part in parts], machine.element)
+    acc = emit.Accumulators([rows] * len(parts), [part.lanes for part in parts], machine.element)
     for p, part in enumerate(parts):
         value = T.bind(start(part))
         for r in range(rows):

@@ -58,6 +58,7 @@ def table() -> dict[str, Any]:
 def _cpu(name: str) -> dict[str, Any]:
     stanza = dict(table()["cpu"][name])
     base = stanza.pop("base", None)
+    stanza.pop("detect", None)
     return {**_cpu(base), **stanza} if base else stanza
 
 
@@ -85,16 +86,13 @@ def host_arch() -> str:
 
 
 def host_cpu() -> str:
-    """The best CPU stanza for this machine."""
-    arch = host_arch()
-    if arch == "x86_64":
-        flags = _host_flags()
-        if {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= flags:
-            return "x86-64-v4"
-        return "x86-64-v3" if {"avx2", "fma"} <= flags else "x86-64-v2"
-    if arch == "aarch64":
-        return "armv8.2-a" if {"asimddp", "asimdhp"} <= _host_flags() else "generic"
-    raise TargetError(f"no code generator for this machine's architecture {arch!r}; use --target arm", "host")
+    """The best CPU stanza for this machine: of those with `detect` the last whose signs it shows, else the first."""
+    arch, flags = host_arch(), _host_flags()
+    stanzas = table()["cpu"]
+    known = [name for name in cpu_names("host") if "detect" in stanzas[name]]
+    if not known:
+        raise TargetError(f"no code generator for this machine's architecture {arch!r}; use --target arm", "host")
+    return next((name for name in reversed(known) if set(stanzas[name]["detect"]) <= flags), known[0])
 
 
 def _host_flags() -> set[str]:

@@ -25,7 +25,7 @@ from sparsec.errors import TuningError
 if TYPE_CHECKING:
     from sparsec.lowering.prices import Prices
 
-SCHEMA = 1
+SCHEMA = 2
 _MAX_BYTES = 64 << 20
 _MAX_LAYERS = 100_000
 _MAX_CANDIDATES = 1000
@@ -35,19 +35,23 @@ ALIKE = 1.08  # ratio up to which two layers' stored columns count as the same
 
 @dataclass(frozen=True)
 class Measured:
-    """One way to run a layer, in register tiles of `rows` x `vectors` vectors of `lanes` (0: the kernel's own), and its time."""
+    """One way to run a layer, and its time.
+
+    Register tiles of `rows` x `vectors` vectors of `lanes` (0: the kernel's own), `depth` terms a pass (0: all).
+    """
 
     kernel: str
     rows: int
     vectors: int
     lanes: int
+    depth: int
     predicted_us: float
     measured_us: float
 
     @property
-    def tile(self) -> tuple[int, int, int]:
-        """`rows`, `vectors`, `lanes`."""
-        return self.rows, self.vectors, self.lanes
+    def tile(self) -> tuple[int, int, int, int]:
+        """`rows`, `vectors`, `lanes`, `depth`."""
+        return self.rows, self.vectors, self.lanes, self.depth
 
     @property
     def shape(self) -> str:
@@ -100,9 +104,9 @@ def distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
 def kernels_version() -> str:
     """Digest of the kernels' source and the code generator's version: what else decides how fast a choice runs."""
     digest = hashlib.sha256(metadata.version("apache-tvm").encode())
-    folder = resources.files("sparsec.kernels")
-    for file in sorted((f for f in folder.iterdir() if f.name.endswith(".py")), key=lambda f: f.name):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    for folder in (resources.files("sparsec.kernels"), resources.files("sparsec.kernels.conv")):
+        for file in sorted((f for f in folder.iterdir() if f.name.endswith(".py")), key=lambda f: f.name):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:24]
 
 
@@ -226,7 +230,7 @@ def _entry(c: _Checker, key: str, value: object) -> Entry:
     for i, row in enumerate(rows):
         at = f"{where}.candidates[{i}]"
         c.keys(row, names, at)
-        sizes = (c.size(row[name], f"{at}.{name}") for name in ("rows", "vectors", "lanes"))
+        sizes = (c.size(row[name], f"{at}.{name}") for name in ("rows", "vectors", "lanes", "depth"))
         times = (c.time(row[name], f"{at}.{name}") for name in ("predicted_us", "measured_us"))
         candidates.append(Measured(c.text(row["kernel"], f"{at}.kernel"), *sizes, *times))
     return Entry(layer, tuple(candidates))

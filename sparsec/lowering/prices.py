@@ -20,7 +20,8 @@ Bound = list[tuple[KernelCall, dict[str, str]]]  # calls in order, each with the
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run a layer and its price on one thread: a stored form, in tiles of `rows` x `vectors` vectors of `lanes`.
+    """One way to run a layer and its price on one thread: a stored form, in tiles of `rows` x `vectors` vectors of `lanes`,
+    `depth` terms a pass.
 
     Sizes are 0 where the kernel chooses its own. `form`, `tiling`: what the kernel family takes.
     """
@@ -32,9 +33,12 @@ class Way:
     tiling: Any = field(default=None, repr=False)
 
     @property
-    def tile(self) -> tuple[int, int, int]:
-        """`rows`, `vectors`, `lanes`."""
-        return (0, 0, 0) if self.tiling is None else (self.tiling.rows, self.tiling.vectors, self.tiling.lanes)
+    def tile(self) -> tuple[int, int, int, int]:
+        """`rows`, `vectors`, `lanes`, `depth`."""
+        tiling = self.tiling
+        return (
+            (0, 0, 0, 0) if tiling is None else (tiling.rows, tiling.vectors, tiling.lanes, getattr(tiling, "depth", 0))
+        )
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Prices:
     ways: tuple[Way, ...]
     calls: Callable[[Way], Bound] = field(repr=False)
 
-    def find(self, kernel: str, tile: tuple[int, int, int]) -> Way | None:
+    def find(self, kernel: str, tile: tuple[int, int, int, int]) -> Way | None:
         """The way so described, if there is one."""
         return next((way for way in self.ways if (way.kernel, way.tile) == (kernel, tile)), None)
 

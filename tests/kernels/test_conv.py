@@ -153,8 +153,57 @@ def test_every_register_tile(target, number):
     ], target)  # fmt: skip
 
 
+def test_passes_over_the_panel(target, form):
+    """Sums rest in scratch between passes: even and uneven depths, a smaller last group, turned and straight tails."""
+    lanes = target.machine.lanes
+    check_layers([
+        layers(
+            target.machine, form, size=(1, vectors * lanes + rest), channels=channels, rows=max(form.rows, 6) + 3,
+            residual=RESIDUALS[number % 3], activation=RELU, density=(1.0, 0.4)[number % 2], batch=1 + number % 2,
+            tiling=conv.Tiling(form.rows or 6, vectors, lanes, vectors * lanes + rest, depth),
+        )[0]
+        for number, (vectors, rest, channels, depth) in enumerate(
+            ((1, 1, 12, 4), (2, lanes - 1, 20, 8), (1, 3, 16, 12), (2, 0, 8, 1))
+        )
+    ], target)  # fmt: skip
+
+
+def test_left_over_pixels(target):
+    """Fewer pixels than rows are summed in vectors of rows, more in a vector of pixels."""
+    lanes = target.machine.lanes
+    for rows in (2, 4, 6, 8):
+        tiling = conv.Tiling(rows, 2, lanes, 2 * lanes + 1)
+        for rest in range(1, lanes):
+            parts = tiling.parts_of(lanes + rest, rows)
+            assert [p.valid for p in parts] == [lanes, rest]
+            assert parts[1].turned == (rest < rows and 1 << (rows - 1).bit_length() <= lanes)
+            assert parts[1].vectors(rows) <= rows
+    check_layers([
+        layers(target.machine, form, size=(1, lanes + rest), channels=5, rows=2 * form.rows + 3 if form.rows else 11,
+               residual=RESIDUALS[rest % 3], tiling=conv.Tiling(form.rows or 6, 2, lanes, lanes + rest))[0]
+        for form in (conv.DENSE, conv.TABLE[2], conv.TABLE[3]) for rest in (1, 2, 3)
+    ], target)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 300), st.integers(1, 4), st.integers(0, 200))
+def test_pieces_cover_every_tile_once_and_evenly(vectors, pixels, images, groups):
+    tiling = conv.Tiling(4, vectors, 8, pixels)
+    shares = conv.Shares.of(tiling, images, groups)
+    seen = {}
+    for piece in range(images * shares.image):
+        image, rest = divmod(piece, shares.image)
+        tile = image * tiling.count + min(rest // shares.full, tiling.count - 1)
+        seen.setdefault(tile, []).append(piece)
+    assert list(seen) == list(range(images * tiling.count))
+    tail = shares.tail or shares.full
+    assert all(len(p) == (tail if t % tiling.count == tiling.count - 1 else shares.full) for t, p in seen.items())
+    if tiling.tail and tiling.full and shares.full > 8:
+        assert abs(shares.tail / shares.full - tiling.tail / tiling.width) <= 0.5 / shares.full
+
+
 def test_few_pixels_split_by_rows(target):
-    """A panel that stays while the chunks of rows change, in whatever ranges the tiles come."""
+    """A panel that stays while the groups of rows change, in whatever ranges the pieces come."""
     cases = [
         layers(target.machine, form, size=(2, 3), channels=9, rows=101, kernel=kernel, batch=batch)[0]
         for form in (conv.DENSE, conv.TABLE[1], conv.TABLE[3], conv.TABLE[6])
@@ -226,10 +275,11 @@ def test_one_name_is_one_code():
 @given(
     st.integers(1, 20), st.integers(1, 9), st.tuples(st.integers(1, 3), st.integers(1, 3)),
     st.sampled_from(conv.TABLE), st.sampled_from([0.0, "one", 0.2, 0.9, 1.0]), st.integers(1, 12), st.integers(0, 99),
+    st.integers(0, 12),
 )  # fmt: skip
-def test_pack_round_trip(rows, channels, kernel, form, density, height, seed):
+def test_pack_round_trip(rows, channels, kernel, form, density, height, seed, depth):
     w = weights(np.random.default_rng(seed), (rows, channels, *kernel), density)
-    packed = conv.pack(w, form, height)
+    packed = conv.pack(w, form, height, depth)
     np.testing.assert_array_equal(conv.unpack(packed, w.shape), w)
     if form.sparse and rows % form.rows == 0 and channels % form.columns == 0:
         assert packed.values.size == packed.blocks * form.rows * form.columns

@@ -1,0 +1,398 @@
+"""The convolution kernel: a panel packed for each tile of pixels, register tiles over the stored blocks of row groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm.tirx.script.builder import ir as T
+
+from sparsec.kernels import emit
+from sparsec.kernels.base import KernelCall, Machine, unique
+from sparsec.kernels.conv.cost import best_tiling, chains, stored_columns
+from sparsec.kernels.conv.geometry import Geometry, Part, Tiling
+from sparsec.kernels.conv.prepare import prepare
+from sparsec.kernels.conv.stored import DENSE, Format, Packed, pack
+from sparsec.kernels.epilogue import NONE, Activation, Residual, finish
+
+AHEAD = 512  # elements: weights are asked for this early; one at a time they go by too slowly for hardware to notice
+UNITS = 64  # pieces that a layer is cut into for threads, at least, where it has that many groups of rows
+
+
+def bind(
+    machine: Machine,
+    geometry: Geometry,
+    w: np.ndarray,
+    *,
+    form: Format = DENSE,
+    bias: np.ndarray | None = None,
+    activation: Activation = NONE,
+    residual: Residual = "none",
+    tiling: Tiling | None = None,
+) -> tuple[KernelCall | None, KernelCall]:
+    """The calls for one layer: `prepare` (or None), then the convolution.
+
+    w [OC, IC, KH, KW] float32, bias [OC] or None; `residual` "none", "before" or "after" the activation. The first call
+    has roles (x, prepared), the second (prepared or x, y, [residual,] ...). Tiles are independent.
+    """
+    if tiling is None:
+        tiling, _ = best_tiling(machine, geometry, form, stored_columns(w, form, machine, geometry))
+    packed = pack(w, form, tiling.rows, tiling.depth)
+    call = _Convolution(machine, geometry, packed, bias, activation, residual, tiling).call()
+    return (prepare(machine, geometry) if geometry.needs_prepare else None), call
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How the tiles of one image are cut for threads: a tile is `full` pieces of its row groups, the narrower last `tail`.
+
+    A piece is about as much work in both, so that ranges of equal length take equally long.
+    """
+
+    tiles: int
+    full: int
+    tail: int  # 0: no narrower tile
+
+    @staticmethod
+    def of(tiling: Tiling, images: int, groups: int) -> Shares:
+        pieces = min(max(groups, 1), -(-UNITS // (images * tiling.count)))
+        if not tiling.tail:
+            return Shares(tiling.count, pieces, 0)
+        share = tiling.tail / tiling.width if tiling.full else 1.0
+        return Shares(tiling.count, pieces, max(1, round(pieces * share)))
+
+    @property
+    def image(self) -> int:
+        """Pieces of an image."""
+        return self.tiles * self.full if not self.tail else (self.tiles - 1) * self.full + self.tail
+
+    def tile_of(self, piece: Any) -> Any:
+        """Number of the tile, over all images, that a piece belongs to."""
+        if not self.tail or self.tail == self.full:
+            return piece // self.full
+        image = piece // self.image
+        return image * self.tiles + T.min((piece - image * self.image) // self.full, self.tiles - 1)
+
+
+class _Convolution:
+    """Emits the kernel of one layer."""
+
+    def __init__(
+        self, machine: Machine, geometry: Geometry, packed: Packed, bias: np.ndarray | None,
+        activation: Activation, residual: Residual, tiling: Tiling,
+    ) -> None:  # fmt: skip
+        self.machine, self.geometry, self.packed, self.tiling = machine, geometry, packed, tiling
+        self.activation, self.residual, self.element = activation, residual, machine.element
+        self.images, self.oc, _, self.out_width = geometry.y_shape
+        self.image_size = int(np.prod(geometry.prepared_shape[1:]))
+        self.live = int(packed.live.size)
+        self.full_groups, self.rest_rows = divmod(self.oc, packed.rows)
+        self.shares = Shares.of(tiling, self.images, self.full_groups)
+        self.pointwise = geometry.pointwise
+        self.copy = -(-min(self.out_width, 16) // tiling.lanes) * tiling.lanes  # pixels that one copy moves
+        area = packed.rows * packed.columns if packed.sparse else 2
+        # LLVM unrolls by itself for x86 but not for Arm.
+        self.unroll = max(1, min(4, 8 // area)) if machine.lane_fma else 1
+        longest = int(np.diff(packed.pointers).max()) * packed.columns if packed.sparse else packed.depth
+        self.limit = machine.chain(longest) // packed.columns  # in blocks
+        self.constants = self._constants(bias)
+
+    def _constants(self, bias: np.ndarray | None) -> dict[str, np.ndarray]:
+        """Packed arrays by role. `tables`: block pointers, taps, copy pointers, copies; each where it is needed."""
+        packed = self.packed
+        found: dict[str, np.ndarray] = {"values": self.machine.array(packed.values)}
+        tables: list[np.ndarray] = []
+        if packed.sparse:
+            found["index"] = packed.index
+            tables.append(packed.pointers)
+        self.tap_table = not (self.pointwise and self.live == self.geometry.taps)
+        self.tap_base = packed.pointers.size if packed.sparse else 0
+        self.pointer_base = self.tap_base + self.live
+        self.copy_base = self.pointer_base + self.tiling.count + 1
+        if self.tap_table:
+            tables.append(self.geometry.tap_offsets()[packed.live])
+        if not self.pointwise:
+            tables.extend(_segments(self.geometry, self.tiling, self.copy))
+        if tables:
+            found["tables"] = np.concatenate(tables).astype(np.int32)
+        if bias is not None:
+            found["bias"] = self.machine.array(bias)
+        return found
+
+    def call(self) -> KernelCall:
+        """The kernel, bound to its constants."""
+        machine, packed, tiling, element = self.machine, self.packed, self.tiling, self.element
+        roles = ["x", "y"] + (["residual"] if self.residual != "none" else []) + list(self.constants) + ["scratch"]
+        y_size = self.images * self.oc * tiling.pixels
+        # The panel, what a copy runs over it, and sums that rest between passes.
+        self.panel = -(-(max(self.live, 1) * tiling.width + self.copy) // 64) * 64
+        scratch = self.panel + (packed.groups * packed.rows * tiling.width if packed.passes > 1 else 0)
+        sizes: dict[str, tuple[int, str]] = {
+            "x": (self.images * self.image_size, element), "y": (y_size, element), "residual": (y_size, element),
+            "scratch": (scratch, element),
+        }  # fmt: skip
+        sizes.update({role: (array.size, str(array.dtype)) for role, array in self.constants.items()})
+
+        def body(*arguments: Any) -> None:
+            self.buffers = dict(zip(roles, arguments, strict=False))
+            self._tiles(*arguments[-2:])
+
+        func = emit.function([(role, *sizes[role]) for role in roles], body)
+        form = f"{packed.rows}x{packed.columns}" if packed.sparse else "dense"
+        facts = (
+            self.geometry, tiling, form, self.activation, self.residual, tuple(sizes[role] for role in roles),
+            self.limit, packed.depth, machine,
+        )  # fmt: skip
+        what = "x".join(map(str, self.geometry.w_shape[2:]))
+        tile = f"{packed.rows} rows x {tiling.vectors} vectors of {tiling.lanes}"
+        if packed.passes > 1:
+            tile += f", {packed.passes} passes over {packed.depth} panel rows"
+        name = machine.named(f"conv{what}_f32") + f"_{form}_{packed.rows}r{tiling.width}px"
+        return KernelCall(
+            unique(name, *facts), func, tuple(roles), self.constants, self.images * self.shares.image,
+            -(-scratch * machine.item // 64) * 64, f"{what} convolution, {form}, tile {tile}",
+        )  # fmt: skip
+
+    # --- tiles
+
+    def _tiles(self, begin: Any, end: Any) -> None:
+        tiling, shares = self.tiling, self.shares
+        with T.serial(shares.tile_of(begin), shares.tile_of(end - 1) + 1) as whole:
+            image = whole // tiling.count if self.images > 1 else 0
+            tile = T.bind(whole - image * tiling.count) if tiling.count > 1 else 0
+            piece = T.bind(image * shares.image + tile * shares.full)
+            out = image * (self.oc * tiling.pixels) + tile * tiling.width
+
+            def one(pixels: int, pieces: int) -> None:
+                self._pack_panel(image * self.image_size, tile, tiling.parts_of(pixels, self.packed.rows))
+                low, high = T.bind(T.max(begin - piece, 0)), T.bind(T.min(end - piece, pieces))
+                self._rows(pixels, low, high, pieces, out)
+
+            tail = shares.tail or shares.full
+            if not tiling.tail:
+                one(tiling.width, shares.full)
+            elif not tiling.full:
+                one(tiling.tail, tail)
+            else:
+                with T.If(tile < tiling.full):
+                    with T.Then():
+                        one(tiling.width, shares.full)
+                    with T.Else():
+                        one(tiling.tail, tail)
+
+    def _pack_panel(self, source: Any, tile: Any, parts: tuple[Part, ...]) -> None:
+        tables, panel, width = self.buffers.get("tables"), self.buffers["scratch"], self.tiling.width
+        with T.serial(0, self.live) as k:
+            offset = tables[self.tap_base + k] if self.tap_table else k * self.tiling.pixels
+            start = T.bind(source + offset)
+            if self.pointwise:
+                for part in parts:
+                    for at, lanes in _copies(part):
+                        value = emit.load(self.buffers["x"], start + tile * width + at, lanes)
+                        emit.store(panel, k * width + at, value, lanes)
+            else:
+                first, last = tables[self.pointer_base + tile], tables[self.pointer_base + 1 + tile]
+                with T.serial(first, last) as s:
+                    to = tables[self.copy_base + 2 * s]
+                    value = emit.load(self.buffers["x"], start + tables[self.copy_base + 1 + 2 * s], self.copy)
+                    emit.store(panel, k * width + to, value, self.copy)
+
+    # --- groups of rows
+
+    def _rows(self, pixels: int, low: Any, high: Any, pieces: int, out: Any) -> None:
+        """Pieces low .. high of a tile: in each pass all their groups."""
+        packed, rows, full = self.packed, self.packed.rows, self.full_groups
+        first, last = T.bind(low * full // pieces), T.bind(high * full // pieces)
+
+        def one_pass(number: Any, stage: _Stage) -> None:
+            depth: Any = packed.depth
+            if not packed.sparse and self.live % packed.depth:
+                depth = T.bind(T.min(packed.depth, self.live - number * packed.depth))
+
+            def group(g: Any, height: int) -> None:
+                parts = self.tiling.parts_of(pixels, height)
+                if packed.sparse:
+                    tables = self.buffers["tables"]
+                    at = number * packed.groups + g
+                    lo, hi = T.bind(tables[at]), T.bind(tables[at + 1])
+                    terms = _Terms(lo, hi - lo, lo * (rows * packed.columns))
+                else:
+                    base = number * (packed.depth * packed.groups * rows)
+                    terms = _Terms(number * packed.depth, depth, base + g * (depth * rows))
+                self._group(g * rows, height, parts, out, terms, stage)
+
+            if full:
+                with T.serial(first, last) as g:
+                    group(g, rows)
+            if self.rest_rows:
+                if pieces == 1:
+                    group(full, self.rest_rows)
+                else:
+                    with T.If(high == pieces), T.Then():
+                        group(full, self.rest_rows)
+
+        if packed.passes == 1:
+            one_pass(0, _Stage(True, True))
+        else:
+            with T.serial(0, packed.passes) as number:
+                one_pass(number, _Stage(number == 0, number == packed.passes - 1))
+
+    def _group(
+        self, first_row: Any, rows: int, parts: tuple[Part, ...], out: Any, terms: _Terms, stage: _Stage
+    ) -> None:
+        """Add `terms` to rows first_row .. first_row + rows of one tile."""
+        count = 1 if self.limit else chains(self.machine, rows, parts)
+        shape = [part.vectors(rows) for part in parts], [part.lanes for part in parts]
+        sets = [emit.Accumulators(*shape, self.element) for _ in range(count)]
+        y, bias, scratch = self.buffers["y"], self.buffers.get("bias"), self.buffers["scratch"]
+        other = self.buffers["residual"] if self.residual != "none" else None
+
+        def where(r: int, at: int) -> Any:
+            return out + (first_row + r) * self.tiling.pixels + at
+
+        def begin(i: int, p: int) -> Any:
+            part = parts[p]
+            if bias is None:
+                return emit.constant(0, part.lanes, self.element)
+            return (
+                emit.load(bias, first_row, part.lanes) if part.turned else emit.splat(bias[first_row + i], part.lanes)
+            )
+
+        def slot(i: int, p: int) -> Any:
+            """Where a sum rests between two passes: aligned vectors behind the panel, by group."""
+            before = sum(part.vectors(rows) for part in parts[:p])
+            return self.panel + first_row * self.tiling.width + (before + i) * self.tiling.lanes
+
+        def finished() -> None:
+            for p, part in enumerate(parts):
+                for i in range(part.vectors(rows)):
+                    total = sets[0].get(i, p)
+                    if part.turned:
+                        for r in range(rows):
+                            one(T.Shuffle([total], [r]), where(r, part.at + i), 1, 1)
+                    else:
+                        one(total, where(i, part.at), part.lanes, part.valid)
+
+        def one(total: Any, at: Any, lanes: int, valid: int) -> None:
+            res = emit.load(other, at, lanes) if other is not None else None
+            emit.store(y, at, finish(total, self.activation, self.residual, res), lanes, valid)
+
+        def unfinished() -> None:
+            for p, part in enumerate(parts):
+                for i in range(part.vectors(rows)):
+                    emit.store(scratch, slot(i, p), sets[0].get(i, p), part.lanes)
+
+        def resume() -> None:
+            sets[0].fill(lambda i, p: emit.load(scratch, slot(i, p), parts[p].lanes))
+
+        stage.choose(stage.first, lambda: sets[0].fill(begin), resume)
+        for more in sets[1:]:
+            more.fill(lambda i, p: emit.constant(0, parts[p].lanes, self.element))
+        self._accumulate(sets, rows, parts, terms)
+        for more in sets[1:]:
+            sets[0].fill(lambda i, p, more=more: sets[0].get(i, p) + more.get(i, p))
+        stage.choose(stage.last, finished, unfinished)
+
+    def _accumulate(self, sets: list[emit.Accumulators], rows: int, parts: tuple[Part, ...], terms: _Terms) -> None:
+        """The multiply-adds of one group; neighbouring columns go to different sets of accumulators."""
+        packed, width = self.packed, self.tiling.width
+        values, panel = self.buffers["values"], self.buffers["scratch"]
+
+        def columns(panel_at: list[Any], weights_at: Any) -> None:
+            """Columns whose values lie one behind the other."""
+            weight = emit.Scalars(values, weights_at, len(panel_at) * packed.rows, self.machine.lane_fma)
+            for c, start in enumerate(panel_at):
+                acc = sets[c % len(sets)]
+                for p, part in enumerate(parts):
+                    if part.turned:
+                        factors = T.bind(emit.load(values, weights_at + c * packed.rows, part.lanes))
+                        for i in range(part.valid):
+                            acc.set(i, p, acc.get(i, p) + factors * emit.splat(panel[start + part.at + i], part.lanes))
+                        continue
+                    activations = emit.load(panel, start + part.at, part.lanes)
+                    for r in range(rows):
+                        acc.set(r, p, acc.get(r, p) + weight(c * packed.rows + r, part.lanes) * activations)
+
+        def blocks(first: Any, size: int) -> None:
+            """Stored blocks (columns of dense weights) first .. first + size of the group."""
+            weights_at = terms.values + first * (packed.rows * packed.columns)
+            if not self.machine.lane_fma:
+                emit.prefetch(values, weights_at + AHEAD)
+            if not packed.sparse:
+                columns([(terms.start + first + u) * width for u in range(size)], weights_at)
+                return
+            index = self.buffers["index"]
+            starts = [T.bind(T.cast(index[terms.start + first + u], "int32") * width) for u in range(size)]
+            columns([start + c * width for start in starts for c in range(packed.columns)], weights_at)
+
+        unroll = max(self.unroll, -(-len(sets) // packed.columns))
+        emit.in_chains(
+            sets[0], terms.count, self.limit,
+            lambda first, count: emit.in_rounds(count, unroll, lambda at, size: blocks(first + at, size)),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What one group adds in one pass: `count` blocks from number `start`, their values from `values` on.
+
+    Of dense weights: columns, from panel row `start`.
+    """
+
+    start: Any
+    count: Any
+    values: Any
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Whether a pass is the first and the last; expressions where there are several passes."""
+
+    first: Any
+    last: Any
+
+    @staticmethod
+    def choose(condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> None:
+        """Emit `yes` or `no`, or a branch between them."""
+        if isinstance(condition, bool):
+            (yes if condition else no)()
+            return
+        with T.If(condition):
+            with T.Then():
+                yes()
+            with T.Else():
+                no()
+
+
+def _copies(part: Part) -> list[tuple[int, int]]:
+    """(pixel, lanes) of the copies that fill a part of a panel row."""
+    if not part.turned:
+        return [(part.at, part.lanes)]
+    found, done = [], 0
+    while done < part.valid:
+        lanes = 1 << ((part.valid - done).bit_length() - 1)
+        found.append((part.at + done, lanes))
+        done += lanes
+    return found
+
+
+def _segments(geometry: Geometry, tiling: Tiling, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Copies that fill a panel row, by tile: pointers [tiles + 1] and (panel offset, offset in the phase plane) pairs.
+
+    A copy moves `length` pixels and may run past its row: what it writes too much is overwritten by the next copy.
+    """
+    width, columns = geometry.y_shape[3], geometry.phase_shape[2]
+    pointers, pairs = [0], []
+    for tile in range(tiling.count):
+        start, stop = tile * tiling.width, min((tile + 1) * tiling.width, tiling.pixels)
+        pixel = start
+        while pixel < stop:
+            row, column = divmod(pixel, width)
+            run = min(width - column, stop - pixel)
+            for step in range(0, run, length):
+                pairs.append((pixel + step - start, row * columns + column + step))
+            pixel += run
+        pointers.append(len(pairs))
+    return np.array(pointers, np.int32), np.array(pairs, np.int32).reshape(-1)
