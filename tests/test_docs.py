@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import subprocess
 import sys
@@ -57,3 +58,11 @@ def test_target_how_to() -> None:
     base = table()["cpu"][stanza.pop("base")]
     known = {**table()["cpu"]["cortex-a53"], **table()["cpu"]["cortex-a55"], **base}
     assert set(stanza) <= set(known)
+
+
+def test_architecture_names_what_exists() -> None:
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:sparsec|passes|kernels|runtimes|models|tests|tools|docs)/[\w./-]*\w", text))
+    assert len(named) > 30
+    lost = [path for path in sorted(named) if not any((DOCS.parent / f"{path}{end}").exists() for end in ("", ".py"))]
+    assert lost == []
