@@ -1,27 +1,26 @@
-"""Prune weights by magnitude: unstructured, in RxC blocks, or N of M along the input axis.
+"""Prune weights: unstructured, in RxC blocks, or N of M along the input axis.
 
-A block b of a layer's weight W[OC, IC, KH, KW] holds |b| weights (a ragged last block holds fewer); its importance is
+Without calibration data the least important weights are those of least magnitude, and nothing else happens:
 
-    s(b) = (1/|b|) * sum over w in b of w^2
+    score = w^2;   masks by `sparsec.passes.masks`;   W' = mask * W
 
-Blocks are zeroed in ascending order of s (ties: graph order, then row-major order) until zeros are the asked share of
-all weights, those counted that were zero before:
+With calibration data (activations only, no labels) each step has a better answer, and an option that goes back:
 
-    layer    zeros(W) = sparsity * |W| in every matched layer, what rounding to a block left carried to the next layer
-    global   over all matched layers together, each keeping at least `floor` of its blocks, the most important ones
-    N:M      of M consecutive weights along IC at one kernel position the N largest |w| stay (a ragged rest keeps <= N)
+    importance   second order: the error that zeroing adds if the rest is re-optimized      `sparsec.passes.importance`
+    allocation   each layer's share from the damage that pruning it does to the outputs     `sparsec.passes.allocate`
+    refit        the weights left and all biases, against the original's outputs            `sparsec.passes.reconstruct`
+    repair       the same for layers that are not pruned themselves
 
-The total misses sparsity * sum |W| by at most half a block, unless there were more zeros before. Pruning what is
-already pruned changes nothing, because zero blocks come first and add no zero. Where enough zeros were there before but
-scattered over the blocks, the pass refuses. Never changed: shapes, biases, layers that do not match.
+`sparsity` is the zero share over the matched layers together, whatever the allocation. A model that has so many zeros
+in the pattern already is left as it is; where enough zeros were there before but scattered over the blocks, the pass
+refuses. Never changed: shapes; without calibration data also biases and layers that do not match.
 
-Magnitude pruning: Han et al. 2015, arXiv:1506.02626. Blocks: Gray et al. 2017, "GPU kernels for block-sparse weights".
-N:M: Mishra et al. 2021, arXiv:2104.08378. Layer collapse: Tanaka et al. 2020, arXiv:2006.05467.
+Magnitude pruning: Han et al. 2015, arXiv:1506.02626.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -29,8 +28,11 @@ import numpy as np
 import onnx_ir as ir
 
 from sparsec.errors import RecipeError
-from sparsec.passes.layers import WEIGHTED, WeightedLayer, block_sums, parse_block, select_layers, spread_blocks
-from sparsec.passes.masks import Pattern, draw_masks, draw_masks_globally, magnitude
+from sparsec.passes.allocate import MEASURED, allocate
+from sparsec.passes.layers import WEIGHTED, WeightedLayer, block_sums, select_layers, spread_blocks
+from sparsec.passes.masks import Pattern, draw_masks, draw_masks_globally
+from sparsec.passes.oneshot import OneShot
+from sparsec.passes.reconstruct import RIDGE, reconstruct
 from sparsec.passes_api import Context, Pass, PassResult
 
 DEFAULT_SPARSITY = 0.5
@@ -39,11 +41,15 @@ SCATTERED = 0.75  # zeros count as scattered if blocks of zeros are less than th
 
 @dataclass(frozen=True)
 class Prune(Pass):
-    """Zero the least important weights, by magnitude: unstructured, RxC blocks or N:M.
+    """Zero the least important weights: unstructured, RxC blocks or N:M; with calibration data the rest makes up for it.
 
     `sparsity`: zero share over the matched layers together. `block`: output x input channels. `nm`: N:M
-    instead of `sparsity` and `block`. `floor`: share of its blocks that each layer keeps under scope=global.
-    `include`, `exclude`: globs over node names. `types`: operators considered.
+    instead of `sparsity` and `block`. `scope`: masks layer by layer, or by one order of all layers' scores, each layer
+    keeping `floor` of its blocks. `include`, `exclude`: globs over node names. `types`: operators considered.
+    `importance`, `allocation`: auto is second-order and sensitivity with calibration data, magnitude and uniform
+    without. `budget`: what the allocation divides. `samples`: of the calibration data, for the allocation. `state`: a
+    file that keeps what the allocation measured. `refit`: re-optimize what is left, pulled to the original weights
+    with strength `ridge`; `repair`: refit layers that are not pruned, too.
     """
 
     name: ClassVar[str] = "prune"
@@ -56,6 +62,14 @@ class Prune(Pass):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     types: tuple[str, ...] = WEIGHTED
+    importance: Literal["auto", "magnitude", "activation", "second-order"] = "auto"
+    allocation: Literal["auto", "uniform", "erk", "random", "sensitivity", "search", "random-search"] = "auto"
+    budget: Literal["weights", "flops", "latency"] = "weights"
+    samples: int = 64
+    state: str = ""
+    refit: bool = True
+    repair: bool = True
+    ridge: float = RIDGE
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity <= 1:
@@ -64,10 +78,14 @@ class Prune(Pass):
             raise RecipeError(f"prune: floor is a share from 0 to 1, got {self.floor}")
         if self.scope not in ("layer", "global"):
             raise RecipeError(f"prune: scope must be layer or global, got {self.scope!r}")
+        if self.samples < 1 or not self.ridge > 0:
+            raise RecipeError(f"prune: samples and ridge are above 0, got {self.samples} and {self.ridge}")
         Pattern.parse(self.block, self.nm)
-        if self.nm:
-            if self.block != "1x1" or self.sparsity != DEFAULT_SPARSITY:
-                raise RecipeError("prune: nm fixes the pattern and the share; give it without block and sparsity")
+        if self.nm and (self.block != "1x1" or self.sparsity != DEFAULT_SPARSITY):
+            raise RecipeError("prune: nm fixes the pattern and the share; give it without block and sparsity")
+        if self.allocation not in ("auto", "uniform") and (self.nm or self.scope == "global"):
+            fixed = "nm fixes every layer's share" if self.nm else "scope=global divides by scores"
+            raise RecipeError(f"prune: {fixed}; leave out allocation={self.allocation}")
         unknown = [t for t in self.types if t not in WEIGHTED]
         if unknown or not self.types:
             raise RecipeError(f"prune: types must be some of {'+'.join(WEIGHTED)}, got {'+'.join(self.types)!r}")
@@ -75,45 +93,123 @@ class Prune(Pass):
     def call(self, model: ir.Model) -> PassResult:
         selection = select_layers(model, self.include, self.exclude, self.types)
         selection.require()
-        layers = selection.layers
+        layers, context = selection.layers, Context.of(model)
         pattern = Pattern.parse(self.block, self.nm)
-        weights = [layer.read() for layer in layers]
-        scores = [magnitude(w) for w in weights]
+        if context.calibration is not None and self._is_done(layers, pattern):
+            return PassResult(model, False)
+        importance = self.importance
+        if importance == "auto":
+            importance = "magnitude" if context.calibration is None else "second-order"
+        if importance != "magnitude" and context.calibration is None:
+            raise RecipeError(f"prune: importance={importance} looks at activations and needs --calibration")
+        before = {layer.name: layer.read().copy() for layer in layers}
+        alone = OneShot(model, layers, context.calibration, pattern, importance, self.refit)
+        shares = self._shares(model, layers, alone, context)
+        weights, scores = list(before.values()), [alone.scores[layer.name] for layer in layers]
         if self.scope == "global" and not self.nm:
             masks = draw_masks_globally(weights, scores, pattern, self.sparsity, self.floor)
         else:
-            masks = draw_masks(weights, scores, pattern, self.sparsity)
+            masks = draw_masks(weights, scores, pattern, shares)
         if not self.nm:
-            self._refuse_scattered(layers, masks)
-        context = Context.of(model)
-        modified = False
-        for index, (layer, mask) in enumerate(zip(layers, masks, strict=True)):
-            modified |= _apply(layer, mask, context)
-            context.tell(f"prune {layer.name}", index + 1, len(layers))
+            self._refuse_scattered(layers, masks, pattern)
+        del alone  # its moments
+        named = {layer.name: mask for layer, mask in zip(layers, masks, strict=True)}
+        errors: dict[str, float | None] = {}
+        if context.calibration is not None and self.refit:
+            done = reconstruct(model, named, context.calibration, pattern.rows, self.ridge, self.repair)
+            errors = {refitted.layer.name: refitted.error for refitted in done}
+        else:
+            apply_masks(layers, named, context)
+        modified = bool(set(errors) - set(named))
+        for layer in layers:
+            modified |= _record(layer, before[layer.name], errors.get(layer.name), context)
         return PassResult(model, modified)
 
-    def _refuse_scattered(self, layers: Sequence[WeightedLayer], masks: Sequence[np.ndarray]) -> None:
+    def _shares(
+        self, model: ir.Model, layers: Sequence[WeightedLayer], alone: OneShot, context: Context
+    ) -> list[float] | float:
+        """The sparsity of each layer."""
+        rule: str = self.allocation
+        if rule == "auto":
+            measured = context.calibration is not None and not self.nm and self.scope == "layer"
+            rule = "sensitivity" if measured and 0 < self.sparsity < 1 and len(layers) > 1 else "uniform"
+        if rule == "uniform" and self.budget == "weights":
+            return self.sparsity
+        if rule in MEASURED and context.calibration is None:
+            raise RecipeError(f"prune: allocation={rule} measures damage and needs --calibration")
+        found = allocate(
+            model, layers, rule, self.sparsity, alone.prune_layer, context.calibration, unit=self.budget,
+            price=context.price, samples=self.samples, pattern=str(alone), state=self.state,
+            tell=context.tell,
+        )  # fmt: skip
+        context.records.append(found.record())
+        return [found.sparsities[layer.name] for layer in layers]
+
+    def _is_done(self, layers: Sequence[WeightedLayer], pattern: Pattern) -> bool:
+        """Whether the layers have the zeros asked for, in the pattern, up to half a block."""
+        weights = [layer.read() for layer in layers]
+        if pattern.keep:
+            kept = draw_masks(weights, [np.abs(w) for w in weights], pattern, 0.0)
+            return not any(np.any(w[~mask] != 0) for w, mask in zip(weights, kept, strict=True))
+        filled = sum(_filled(w, pattern) for w in weights)
+        half = max(pattern.rows * pattern.columns / 2, 0.5)
+        return filled + half >= self.sparsity * sum(w.size for w in weights) and self.sparsity > 0
+
+    def _refuse_scattered(self, layers: Sequence[WeightedLayer], masks: Sequence[np.ndarray], pattern: Pattern) -> None:
         """RecipeError if the zeros asked for exist already, but not in blocks: nothing would change, silently."""
         weights = [layer.read() for layer in layers]
         if any(np.any(w[~mask] != 0) for w, mask in zip(weights, masks, strict=True)):
             return
-        rows, columns = parse_block(self.block)
         total = sum(w.size for w in weights)
         zeros = sum(w.size - int(np.count_nonzero(w)) for w in weights) / total
-        filled = 0
-        for w in weights:
-            dead = block_sums((w != 0).astype(np.int64), rows, columns) == 0
-            filled += int(spread_blocks(dead, rows, columns, w.shape).sum())
+        filled = sum(_filled(w, pattern) for w in weights)
         if zeros >= self.sparsity and filled / total < SCATTERED * self.sparsity:
             text = f"the matched layers are {zeros:.3f} zero already, but {self.block} blocks hold only"
             raise RecipeError(f"{text} {filled / total:.3f} of the weights; ask for a sparsity above {zeros:.3f}")
 
 
-def _apply(layer: WeightedLayer, mask: np.ndarray, context: Context) -> bool:
-    weight = layer.read()
-    changed = bool(np.any(weight[~mask] != 0))
-    if changed:
-        layer.write(np.where(mask, weight, np.zeros((), weight.dtype)))
-    zeros = layer.size - int(np.count_nonzero(layer.read()))
-    context.records.append({"layer": layer.name, "weights": layer.size, "zeros": zeros, "changed": changed})
+def prune_to(
+    model: ir.Model,
+    layers: Sequence[WeightedLayer],
+    sparsities: Mapping[str, float],
+    pattern: Pattern,
+    importance: str = "second-order",
+    refit: bool = True,
+    repair: bool = True,
+    ridge: float = RIDGE,
+) -> None:
+    """Prune `layers` in place, each to its sparsity by name, with the calibration data of the model's context."""
+    context = Context.of(model)
+    alone = OneShot(model, layers, context.calibration, pattern, importance, refit=False)
+    masks = {layer.name: alone.mask(layer, sparsities[layer.name]) for layer in layers}
+    if refit and context.calibration is not None:
+        for _ in reconstruct(model, masks, context.calibration, pattern.rows, ridge, repair):
+            pass
+    else:
+        apply_masks(layers, masks, context)
+
+
+def apply_masks(layers: Sequence[WeightedLayer], masks: Mapping[str, np.ndarray], context: Context) -> None:
+    """W' = mask * W; layers without anything to zero are not written."""
+    for done, layer in enumerate(layers, 1):
+        weight, mask = layer.read(), masks[layer.name]
+        if np.any(weight[~mask] != 0):
+            layer.write(np.where(mask, weight, np.zeros((), weight.dtype)))
+        context.tell(f"prune {layer.name}", done, len(layers))
+
+
+def _filled(weight: np.ndarray, pattern: Pattern) -> int:
+    """Weights in blocks that hold zeros only."""
+    dead = block_sums((weight != 0).astype(np.int64), pattern.rows, pattern.columns) == 0
+    return int(spread_blocks(dead, pattern.rows, pattern.columns, weight.shape).sum())
+
+
+def _record(layer: WeightedLayer, before: np.ndarray, error: float | None, context: Context) -> bool:
+    after = layer.read()
+    changed = not np.array_equal(before, after)
+    zeros = layer.size - int(np.count_nonzero(after))
+    record = {"layer": layer.name, "weights": layer.size, "zeros": zeros, "changed": changed}
+    if error is not None:
+        record["error"] = float(f"{error:.4g}")  # of the layer's output, after refitting
+    context.records.append(record)
     return changed

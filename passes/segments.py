@@ -6,9 +6,9 @@ A segment is the set of nodes between `starts` (values that are given) and `ends
 
 A batch of b samples is a dict value name -> array [b, *shape of the value]; the axis in front is ours, so that values
 of any layout travel the same way. Where every start and end has a leading dimension of 1, the b samples run as one
-[b, ...] call: the leading 1 of constant Reshape targets becomes 0 ("as the input has it"). Whether that gives the same
-values as sample by sample is not assumed: the first batch is run both ways (`SAME`), and a segment that differs
-(products over positions, a batch that is transposed away) falls back to one call a sample.
+[b, ...] call: the leading 1 of constant Reshape targets becomes -1 or 0. Whether that gives the same values as sample
+by sample is not assumed: the first batch is run both ways (`SAME`), and a segment that differs (products over
+positions, a batch that is transposed away) falls back to one call a sample.
 """
 
 from __future__ import annotations
@@ -178,16 +178,19 @@ def _session(
 
 
 def _leading_ones(nodes: Sequence[ir.Node]) -> dict[str, np.ndarray]:
-    """Constant Reshape targets [1, ...] as [0, ...] where the reshaped value leads with 1 too."""
+    """Constant Reshape targets [1, ...] for any batch, where the reshaped value leads with 1 too."""
     targets = {}
     for node in nodes:
-        if node.op_type != "Reshape" or node.attributes.get_int("allowzero", 0):
+        if node.op_type != "Reshape":
             continue
         value, target = node.inputs[0], node.inputs[1]
         if value is None or target is None or target.const_value is None or _shape(value)[:1] != (1,):
             continue
         shape = target.const_value.numpy().copy()
         if shape.size and shape.flat[0] == 1:
-            shape.flat[0] = 0
+            if -1 not in shape:
+                shape.flat[0] = -1
+            elif not node.attributes.get_int("allowzero", 0):
+                shape.flat[0] = 0
             targets[str(target.name)] = shape
     return targets

@@ -62,8 +62,7 @@ class Moments:
 
     def add(self, x: np.ndarray) -> None:
         """One batch of columns [G, K, P] float32: the product in float32, the sum over batches in float64."""
-        for g, columns in enumerate(x):
-            self.gram[g] += columns @ columns.T
+        self.gram += np.matmul(x, x.transpose(0, 2, 1))
         self.total += x.sum(axis=2, dtype=np.float64)
         self.count += x.shape[2]
 

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from sparsec.passes.fold_constants import quiet_session
+from sparsec.passes.layers import weighted_layers
+from sparsec.passes.reconstruct import problems, reconstruct
+from sparsec.passes.replay import Pairs, Replay, goal_of
+from sparsec.passes_api import Stacked
+
+RNG = np.random.default_rng(11)
+BLOCK = """g (float[1,6,8,8] x) => (float[1,5] y) {
+    a = Conv<pads = [1, 1, 1, 1]>(x, w0, b0)
+    r = Relu(a)
+    b = Conv(r, w1, b1)
+    c = Clip(b, low, high)
+    d = Conv<group = 12, pads = [1, 1, 1, 1]>(c, w2, b2)
+    e = Conv(d, w3, b3)
+    s = Add(e, r)
+    p = GlobalAveragePool(s)
+    f = Flatten(p)
+    m = MatMul(f, w4)
+    y = Add(m, b4)
+}"""
+
+
+def f32(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def block_weights() -> dict[str, np.ndarray]:
+    return {
+        "w0": f32(8, 6, 3, 3), "b0": f32(8), "w1": f32(12, 8, 1, 1) / 4, "b1": f32(12), "w2": f32(12, 1, 3, 3) / 2,
+        "b2": f32(12), "w3": f32(8, 12, 1, 1) / 4, "b3": f32(8), "w4": f32(8, 5), "b4": f32(1, 5),
+        "low": np.float32(0), "high": np.float32(6),
+    }  # fmt: skip
+
+
+def samples(count: int = 24) -> Stacked:
+    return Stacked({"x": np.random.default_rng(5).standard_normal((count, 6, 8, 8)).astype(np.float32)})
+
+
+def outputs(made: ir.Model, data: Stacked) -> np.ndarray:
+    session = quiet_session(ir.to_proto(made).SerializeToString())
+    return np.concatenate([session.run(None, sample)[0] for sample in data])
+
+
+def by_name(made: ir.Model) -> dict[str, object]:
+    return {layer.name: layer for layer in weighted_layers(made)}
+
+
+def test_goals_lie_behind_biases_and_residual_sums(model) -> None:
+    made = model(BLOCK, **block_weights())
+    order = {node: index for index, node in enumerate(made.graph)}
+    goals = [goal_of(layer, order) for layer in weighted_layers(made)]
+    assert [g.value.name for g in goals] == ["a", "b", "d", "s", "y"]
+    assert [g.known.name if g.known else None for g in goals] == [None, None, None, "r", None]
+    assert [g.bias.name if g.bias else None for g in goals] == ["b0", "b1", "b2", "b3", "b4"]
+
+
+def test_a_sum_with_what_comes_later_is_no_goal(model) -> None:
+    made = model(
+        "g (float[1,4,5,5] x) => (float[1,4,5,5] y) { a = Conv(x, v) b = Conv(x, w) c = Relu(b) y = Add(a, c) }",
+        v=f32(4, 4, 1, 1), w=f32(4, 4, 1, 1),
+    )  # fmt: skip
+    order = {node: index for index, node in enumerate(made.graph)}
+    first, _ = weighted_layers(made)
+    assert goal_of(first, order).value.name == "a"
+    assert goal_of(first, order).known is None
+
+
+@pytest.mark.parametrize("store", [0, 1 << 30])
+def test_moments_of_the_walk_are_those_of_both_models(model, store: int) -> None:
+    weights = block_weights()
+    original, changed = model(BLOCK, **weights), model(BLOCK, **weights)
+    replay = Replay(original, changed, samples(), store)
+    found = {}
+    for layer in weighted_layers(changed):
+        found[layer.name], _ = replay.pairs(layer)
+        layer.write(layer.read() * np.float32(0.9))
+        replay.changed(layer)
+
+    def values(made: ir.Model, names: list[str]) -> dict[str, np.ndarray]:
+        proto = ir.to_proto(made)
+        for name in names:
+            proto.graph.output.append(type(proto.graph.output[0])(name=name))
+        session = quiet_session(proto.SerializeToString())
+        runs = [session.run(names, sample) for sample in samples()]
+        return {name: np.concatenate([run[i] for run in runs]) for i, name in enumerate(names)}
+
+    names = ["d", "r", "s"]
+    own, other = values(changed, names), values(original, names)
+    x = np.moveaxis(own["d"], 1, 0).reshape(12, -1).astype(np.float64)
+    y = np.moveaxis(other["s"] - own["r"], 1, 0).reshape(8, -1).astype(np.float64)
+    pairs = found["Conv_5"]
+    assert pairs.count == 24 * 64
+    np.testing.assert_allclose(pairs.xx[0], x @ x.T / x.shape[1], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(pairs.yx[0], y @ x.T / x.shape[1], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(pairs.yy, (y * y).mean(axis=1), rtol=1e-4)
+    np.testing.assert_allclose(pairs.y, y.mean(axis=1), atol=1e-4)
+    np.testing.assert_allclose(pairs.x[0], x.mean(axis=1), atol=1e-4)
+
+
+def random_pairs(n: int, k: int, seed: int = 2) -> tuple[np.ndarray, Pairs, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((k, 400)) + 0.5
+    w = rng.standard_normal((n, k, 1, 1))
+    y = w[:, :, 0, 0] @ x + 0.1 * rng.standard_normal((n, 400)) + 1.0
+    pairs = Pairs((x @ x.T)[None], (y @ x.T)[None], (y * y).sum(axis=1), x.sum(axis=1)[None], y.sum(axis=1), 400)
+    return w, pairs.means(), x, y
+
+
+def test_refit_without_ridge_is_least_squares_on_the_support() -> None:
+    w, pairs, x, y = random_pairs(4, 10)
+    (problem,) = problems(w, pairs, centred=True, ridge=1e-12)
+    mask = np.random.default_rng(3).random((4, 10)) < 0.6
+    found = problem.refit(mask)
+    centred, goal = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
+    for row in range(4):
+        s = mask[row]
+        expected = np.linalg.lstsq(centred[s].T, goal[row], rcond=None)[0]
+        np.testing.assert_allclose(found[row, s], expected, rtol=1e-3)
+        assert not found[row, ~s].any()
+        residual = goal[row] - expected @ centred[s]
+        assert problem.error(found)[row] == pytest.approx((residual**2).mean(), rel=1e-3)
+
+
+def test_conjugate_gradients_reach_the_same_optimum() -> None:
+    w, pairs, *_ = random_pairs(6, 40)
+    (problem,) = problems(w, pairs, centred=False, ridge=0.01)
+    mask = np.random.default_rng(4).random((6, 40)) < 0.5
+    np.testing.assert_allclose(problem.descend(mask, problem.start, 200), problem.refit(mask), atol=1e-4)
+
+
+def test_rows_of_a_block_are_solved_together_as_they_are_alone() -> None:
+    w, pairs, *_ = random_pairs(7, 12)
+    (problem,) = problems(w, pairs, centred=True)
+    mask = np.repeat(np.random.default_rng(5).random((2, 12)) < 0.5, 4, axis=0)[:7]
+    np.testing.assert_allclose(problem.refit(mask, 4), problem.refit(mask, 1), atol=1e-9)
+
+
+def test_the_ridge_pulls_to_the_original_weights() -> None:
+    w, pairs, *_ = random_pairs(3, 8)
+    pairs.yx[:] = 0  # the data asks for zeros
+    (problem,) = problems(w, pairs, centred=False, ridge=1e9)
+    np.testing.assert_allclose(problem.full(), w.reshape(3, 8), rtol=1e-3)
+
+
+def test_reconstruction_keeps_masks_and_comes_closer_to_the_original(model) -> None:
+    weights = block_weights()
+    original, masked, refitted, pruned_only = (model(BLOCK, **weights) for _ in range(4))
+    rng = np.random.default_rng(9)
+    shapes = {name: layer.shape for name, layer in by_name(original).items() if name in ("Conv_2", "Conv_5")}
+    masks = {name: rng.random(shape) < 0.6 for name, shape in shapes.items()}
+    for name, mask in masks.items():
+        layer = by_name(masked)[name]
+        layer.write(np.where(mask, layer.read(), np.float32(0)))
+    done = list(reconstruct(refitted, masks, samples()))
+    list(reconstruct(pruned_only, masks, samples(), others=False))
+    assert [r.layer.name for r in done] == ["Conv_2", "Conv_4", "Conv_5", "MatMul_9"]
+    assert all(r.error is not None and 0 <= r.error < 1 for r in done)
+    for made in (refitted, pruned_only):
+        for name, mask in masks.items():
+            assert not by_name(made)[name].read()[~mask].any()
+    fresh = Stacked({"x": np.random.default_rng(99).standard_normal((50, 6, 8, 8)).astype(np.float32)})
+    y = outputs(original, fresh)
+    errors = [float(np.square(outputs(made, fresh) - y).mean()) for made in (masked, pruned_only, refitted)]
+    assert errors[2] < errors[1] < 0.5 * errors[0]
+
+
+def test_nothing_masked_changes_nothing_but_rounding(model) -> None:
+    weights = block_weights()
+    original, made = model(BLOCK, **weights), model(BLOCK, **weights)
+    list(reconstruct(made, {"Conv_2": np.ones((12, 8, 1, 1), bool)}, samples()))
+    np.testing.assert_allclose(outputs(made, samples(4)), outputs(original, samples(4)), rtol=1e-4, atol=1e-4)
+
+
+def test_zeros_of_layers_that_are_only_repaired_stay(model) -> None:
+    weights = block_weights()
+    weights["w3"][:, ::3] = 0
+    made = model(BLOCK, **weights)
+    mask = np.random.default_rng(9).random((12, 8, 1, 1)) < 0.6
+    list(reconstruct(made, {"Conv_2": mask}, samples()))
+    assert not by_name(made)["Conv_5"].read()[:, ::3].any()
+
+
+def test_tied_weights_are_masked_and_not_refitted(model) -> None:
+    made = model(
+        "g (float[1,4,5,5] x) => (float[1,4,5,5] y) { a = Conv(x, w) b = Relu(a) y = Conv(b, w) }", w=f32(4, 4, 1, 1)
+    )
+    mask = np.random.default_rng(9).random((4, 4, 1, 1)) < 0.5
+    before = next(weighted_layers(made)).read().copy()
+    list(reconstruct(made, {"Conv_0": mask}, Stacked({"x": f32(8, 4, 5, 5)}), others=False))
+    np.testing.assert_array_equal(next(weighted_layers(made)).read(), np.where(mask, before, 0))
