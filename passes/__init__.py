@@ -7,6 +7,7 @@ from sparsec.passes.fold_batch_norm import FoldBatchNorm
 from sparsec.passes.fold_constants import FoldConstants
 from sparsec.passes.fuse_layer_norm import FuseLayerNorm
 from sparsec.passes.prune import Prune
+from sparsec.passes.rearrange import Rearrange
 from sparsec.passes.recover import Recover
 from sparsec.passes.remove_no_ops import RemoveNoOps
 from sparsec.passes_api import Pass
@@ -18,6 +19,7 @@ BUILT_IN: tuple[type[Pass], ...] = (
     ExplicitPads,
     FoldBatchNorm,
     FuseLayerNorm,
+    Rearrange,
     Prune,
     Recover,
 )
@@ -29,6 +31,7 @@ __all__ = [
     "FoldConstants",
     "FuseLayerNorm",
     "Prune",
+    "Rearrange",
     "Recover",
     "RemoveNoOps",
 ]
