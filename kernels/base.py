@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -70,7 +71,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Format:
-    """A row of a family's table: what a variant computes, how its weights are stored, what it requires."""
+    """A row of a family's table: what a variant computes, how its weights are stored, what it requires.
+
+    `rows` x `columns`: the blocks of zeros that are left out (`sparsec.kernels.blocks`); 0 x 1: none are.
+    """
 
     name: str
     op: str
@@ -78,6 +82,18 @@ class Format:
     dtype: str
     text: str
     requires: str = ""
+    rows: int = 0
+    columns: int = 1
+
+    @property
+    def sparse(self) -> bool:
+        """Whether blocks of zeros are left out."""
+        return self.rows > 0
+
+
+def variant(table: Sequence[Format], format: str) -> Format:
+    """The row of a table whose weights are stored as `format`: "dense", "4x1", ..."""
+    return next(row for row in table if row.format == format)
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ Source: register tiles of several output rows as in XNNPACK's dwconv2d-chw kerne
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import numpy as np
 from tvm.tirx.script.builder import ir as T
 
 from sparsec.kernels import emit, planes
-from sparsec.kernels.base import Format, KernelCall, Machine
+from sparsec.kernels.base import Format, KernelCall, Machine, unique
 from sparsec.kernels.epilogue import NONE, Activation, Residual, finish, reference_finish
 
 TABLE: tuple[Format, ...] = (
@@ -138,9 +137,7 @@ def bind(
     func = emit.function([(role, sizes[role], machine.element) for role in roles], body)
     facts = (x_shape, w.shape, strides, pads, dilations, activation, residual, machine)
     kernel = f"{w.shape[2]}x{w.shape[3]}s{strides[0]}{strides[1]}"
-    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:10]
+    name = unique(f"{machine.named('depthwise_f32')}_{kernel}", *facts)
     text = f"depthwise {kernel} on {channels}x{height}x{width}, {activation.name}, residual {residual}"
     tiles = n * out_channels * sweep.bands
-    return KernelCall(
-        f"{machine.named('depthwise_f32')}_{kernel}_{digest}", func, roles, {"weights": packed}, tiles, 0, text
-    )
+    return KernelCall(name, func, roles, {"weights": packed}, tiles, 0, text)

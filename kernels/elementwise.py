@@ -12,7 +12,6 @@ op is add, sub, mul or div; `swapped` exchanges its sides. A tile is a few thous
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ import numpy as np
 from tvm.tirx.script.builder import ir as T
 
 from sparsec.kernels import emit
-from sparsec.kernels.base import Format, KernelCall, Machine
+from sparsec.kernels.base import Format, KernelCall, Machine, unique
 from sparsec.kernels.epilogue import NONE, Activation, activate
 from sparsec.kernels.epilogue import reference as reference_activation
 
@@ -124,7 +123,7 @@ def bind(
     func = emit.function(arguments, by_rows if in_rows else flat)
     facts = (op, size, kind, count, inner, activation, swapped, machine)
     text = f"{op} of {list(a_shape)} and {list(b_shape)}{' swapped' if swapped else ''}, {activation.name}"
-    return KernelCall(_name(machine.named(f"{op}_f32_{kind}"), facts), func, ("a", "b", "y"), {}, tiles, 0, text)
+    return KernelCall(unique(machine.named(f"{op}_f32_{kind}"), *facts), func, ("a", "b", "y"), {}, tiles, 0, text)
 
 
 def bind_unary(machine: Machine, *, size: int, activation: Activation) -> KernelCall:
@@ -134,7 +133,7 @@ def bind_unary(machine: Machine, *, size: int, activation: Activation) -> Kernel
         _runs(machine, y, size, begin, end, lambda at, lanes: activate(activation, emit.load(x, at, lanes)))
 
     func = emit.function([("x", size, machine.element), ("y", size, machine.element)], body)
-    name = _name(machine.named(f"{activation.name}_f32"), (size, activation, machine))
+    name = unique(machine.named(f"{activation.name}_f32"), size, activation, machine)
     return KernelCall(name, func, ("x", "y"), {}, -(-size // TILE), 0, f"{activation.name} of {size} elements")
 
 
@@ -145,7 +144,7 @@ def bind_cast(machine: Machine, *, size: int, source: str, target: str) -> Kerne
         _runs(machine, y, size, begin, end, lambda at, lanes: emit.convert(emit.load(x, at, lanes), target))
 
     func = emit.function([("x", size, source), ("y", size, target)], body)
-    name = _name(f"cast_{source}_{target}", (size, machine))
+    name = unique(f"cast_{source}_{target}", size, machine)
     return KernelCall(name, func, ("x", "y"), {}, -(-size // TILE), 0, f"{size} elements from {source} to {target}")
 
 
@@ -175,7 +174,3 @@ def _span(machine: Machine, y: Any, base: Any, count: int, one: Callable[[Any, i
         emit.store(y, base + (whole - 1) * lanes, one((whole - 1) * lanes, lanes), lanes)
     if count % lanes:
         emit.store(y, base + count - lanes, one(count - lanes, lanes), lanes)
-
-
-def _name(stem: str, facts: Any) -> str:
-    return f"{stem}_{hashlib.sha256(repr(facts).encode()).hexdigest()[:10]}"

@@ -7,15 +7,13 @@ outputs, every x element is broadcast, and four blocks are in flight on accumula
 rows is turned into a panel [K][rows] in scratch, and the register tile is R outputs by P vectors of rows; it is turned
 back as it is stored.
 
-Stored form, by row group g: `tables` holds the block pointers [groups + 1], `index` each block's first input (uint16),
-`values[block][C][R]`. The last group is filled up with zero rows, which are not stored to y.
+Stored form: `sparsec.kernels.blocks`, its pointers as `tables`. The rows that fill up the last group are not stored to y.
 
 Written out by hand: trip counts and operands are data.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,60 +21,25 @@ from typing import Any
 import numpy as np
 from tvm.tirx.script.builder import ir as T
 
-from sparsec.kernels import emit
-from sparsec.kernels.base import KernelCall, Machine
+from sparsec.kernels import blocks, emit
+from sparsec.kernels.base import Format, KernelCall, Machine, unique
+from sparsec.kernels.blocks import Blocks
 from sparsec.kernels.epilogue import NONE, Activation, Residual, activate, finish
-from sparsec.kernels.gemm import Part, parts_of, transpose_panel
+from sparsec.kernels.gemm import transpose_panel
+from sparsec.kernels.parts import Part, parts_of
 
 CHAINS = 4  # blocks in flight when x has few rows: covers the multiply-add's latency
 FEW = 4  # rows of x from which panels pay
 
 
-@dataclass(frozen=True)
-class Format:
-    """A row of the table: `rows` x `columns` is the block."""
-
-    name: str
-    op: str
-    format: str
-    dtype: str
-    rows: int
-    columns: int
-    text: str
-    requires: str
-
-
 def _format(rows: int, columns: int) -> Format:
     block = f"{rows}x{columns}"
     text = "fully connected, unstructured zeros" if block == "1x1" else f"fully connected, {block} blocks of zeros"
-    return Format(
-        f"fc_f32_{block}", "Gemm, MatMul", block, "float32", rows, columns, text, "constant weight, K <= 65,536"
-    )
+    requires = "constant weight, K <= 65,536"
+    return Format(f"fc_f32_{block}", "Gemm, MatMul", block, "float32", text, requires, rows, columns)
 
 
 TABLE: tuple[Format, ...] = tuple(_format(r, c) for r, c in ((1, 1), (4, 1), (8, 1), (16, 1), (1, 4), (4, 4), (8, 4)))
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Weights in stored form; see the module's head."""
-
-    rows: int
-    columns: int
-    pointers: np.ndarray  # int32 [groups + 1], in blocks
-    index: np.ndarray  # uint16 [blocks]
-    values: np.ndarray  # float32 [blocks, C, R]
-    shape: tuple[int, int]  # N, K
-
-    @property
-    def blocks(self) -> int:
-        """Stored blocks."""
-        return int(self.pointers[-1])
-
-    @property
-    def bytes(self) -> int:
-        """Stored bytes."""
-        return self.pointers.nbytes + self.index.nbytes + self.values.nbytes
 
 
 def refusal(w_shape: tuple[int, int]) -> str | None:
@@ -84,30 +47,9 @@ def refusal(w_shape: tuple[int, int]) -> str | None:
     return f"{w_shape[1]} inputs: block indices are 16 bits" if w_shape[1] > 1 << 16 else None
 
 
-def pack(w: np.ndarray, form: Format) -> Packed:
+def pack(w: np.ndarray, form: Format) -> Blocks:
     """w [N, K] to stored form. Where C does not divide K, single columns are stored."""
-    n, k = w.shape
-    width = form.columns if k % form.columns == 0 else 1
-    groups = -(-n // form.rows)
-    padded = np.zeros((groups * form.rows, k), np.float32)
-    padded[:n] = w
-    blocked = padded.reshape(groups, form.rows, k // width, width)
-    kept = blocked.any(axis=(1, 3))  # [groups, K / C]
-    pointers = np.concatenate([[0], np.cumsum(kept.sum(axis=1))]).astype(np.int32)
-    group, block = np.nonzero(kept)
-    values = np.ascontiguousarray(blocked[group, :, block, :].transpose(0, 2, 1))
-    return Packed(form.rows, width, pointers, (block * width).astype(np.uint16), values, (n, k))
-
-
-def unpack(packed: Packed) -> np.ndarray:
-    """The inverse of `pack`: w [N, K]."""
-    n, k = packed.shape
-    w = np.zeros(((len(packed.pointers) - 1) * packed.rows, k), np.float32)
-    for g in range(len(packed.pointers) - 1):
-        for b in range(packed.pointers[g], packed.pointers[g + 1]):
-            first = int(packed.index[b])
-            w[g * packed.rows : (g + 1) * packed.rows, first : first + packed.columns] = packed.values[b].T
-    return w[:n]
+    return blocks.pack(w, form.rows, blocks.fitting(form.columns, w.shape[1]))
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
@@ -121,11 +63,11 @@ def row_parts(machine: Machine, m: int, rows: int) -> tuple[Part, ...]:
     return parts_of(min(m, -(-vectors // tiles) * machine.lanes), machine.lanes)
 
 
-def predict_us(machine: Machine, m: int, packed: Packed) -> float:
+def predict_us(machine: Machine, m: int, packed: Blocks) -> float:
     """Time on one thread: the port model for each stored block, the panels, and streaming the weights."""
     k = packed.shape[1]
     rows, width = packed.rows, packed.columns
-    groups = len(packed.pointers) - 1
+    groups = packed.groups
     if m < FEW:
         vectors = -(-rows // machine.lanes)
         column = max(vectors / machine.fma, (1.0 + vectors) / (2 * machine.loads), (2.0 + vectors) / machine.uops)
@@ -170,7 +112,7 @@ def bind(
     """
     packed = pack(w, form)
     n, k = packed.shape
-    groups = len(packed.pointers) - 1
+    groups = packed.groups
     padded_bias = np.zeros(groups * packed.rows, np.float32)
     padded_bias[:n] = 0 if bias is None else bias
     constants = {
@@ -241,7 +183,7 @@ def bind(
     func = emit.function(arguments, body)
     longest = int(np.diff(packed.pointers).max()) * packed.columns
     facts = (m, n, k, packed.blocks, machine.chain(longest), packed.rows, packed.columns, activation, residual, machine)
-    name = f"{machine.named(form.name)}_{hashlib.sha256(repr(facts).encode()).hexdigest()[:10]}"
+    name = unique(machine.named(form.name), *facts)
     text = (
         f"{m}x{k} times {k}x{n}, {form.format} blocks, {packed.blocks} stored, {activation.name}, residual {residual}"
     )
@@ -253,7 +195,7 @@ class _Layer:
     """Emits the code of one layer's row groups."""
 
     machine: Machine
-    packed: Packed
+    packed: Blocks
     buffers: dict[str, Any]
     activation: Activation
     residual: Residual

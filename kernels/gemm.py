@@ -14,7 +14,6 @@ Written out by hand: the register tile's shape is chosen for the machine and bot
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,38 +22,15 @@ import numpy as np
 from tvm.tirx.script.builder import ir as T
 
 from sparsec.kernels import emit
-from sparsec.kernels.base import Format, KernelCall, Machine
+from sparsec.kernels.base import Format, KernelCall, Machine, unique
 from sparsec.kernels.epilogue import NONE, Activation, Residual, finish, reference_finish
+from sparsec.kernels.parts import Part, parts_of, span
 
 TABLE: tuple[Format, ...] = (
     Format("gemm_f32_dense", "Gemm, MatMul", "dense", "float32", "rows times a constant weight", "constant weight, rank 2"),
     Format("matmul_f32", "MatMul", "dense", "float32", "batched product of two activations",
            "equal batch, or one side shared by the whole batch"),
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Part:
-    """A vector of output columns: `lanes` from column `at`, of which the first `valid` exist."""
-
-    at: int
-    lanes: int
-    valid: int
-
-
-def parts_of(width: int, lanes: int) -> tuple[Part, ...]:
-    """Vectors that cover `width` columns; the last may be narrower."""
-    parts = [Part(i, lanes, lanes) for i in range(0, width - lanes + 1, lanes)]
-    rest = width % lanes
-    if rest:
-        narrow = 1 if rest == 1 else min(lanes, max(4, 1 << (rest - 1).bit_length()))
-        parts.append(Part(width - rest, narrow, rest))
-    return tuple(parts)
-
-
-def span(parts: Sequence[Part]) -> int:
-    """Columns stored for `parts`, the surplus lanes of the last included."""
-    return parts[-1].at + parts[-1].lanes
 
 
 @dataclass(frozen=True)
@@ -224,10 +200,6 @@ def register_tile(
             done(r, part, acc.get(r, p))
 
 
-def _name(stem: str, *facts: Any) -> str:
-    return f"{stem}_{hashlib.sha256(repr(facts).encode()).hexdigest()[:10]}"
-
-
 def _choose(index: Any, cases: Sequence[tuple[int, Callable[[], None]]]) -> None:
     """Emit `index < cases[0][0] ? cases[0] : cases[1]`, or the one case there is."""
     if len(cases) == 1:
@@ -300,7 +272,7 @@ def bind(
     sizes = {"x": m * k, "y": m * n, "residual": m * n, "weights": packed.size}
     roles = ("x", "y", "residual", "weights") if residual != "none" else ("x", "y", "weights")
     func = emit.function([(role, sizes[role], machine.element) for role in roles], body)
-    name = _name(
+    name = unique(
         machine.named(f"gemm_f32_dense_{tiling.rows}x{tiling.width}"), m, k, n, tiling, activation, residual, machine
     )
     text = f"{m}x{k} times {k}x{n}, tiles {tiling.rows}x{tiling.width}, {activation.name}, residual {residual}"
@@ -421,4 +393,4 @@ def bind_matmul(
     stem = machine.named("matmul_f32") + f"{'_t' if transposed else ''}_{tiling.rows}x{tiling.width}"
     text = f"{batch} x {m}x{k} times {k}x{n}{' transposed' if transposed else ''}, tiles {tiling.rows}x{tiling.width}"
     roles = tuple(argument[0] for argument in arguments)
-    return KernelCall(_name(stem, *facts), func, roles, {}, batch * column_blocks * chunks, scratch, text)
+    return KernelCall(unique(stem, *facts), func, roles, {}, batch * column_blocks * chunks, scratch, text)

@@ -10,7 +10,6 @@ mean (two passes), which does not cancel.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from tvm.tirx.script.builder import ir as T
 
 from sparsec.kernels import emit
-from sparsec.kernels.base import Format, KernelCall, Machine
+from sparsec.kernels.base import Format, KernelCall, Machine, unique
 from sparsec.kernels.epilogue import exp
 from sparsec.kernels.pool import reduce_lanes
 
@@ -132,7 +131,7 @@ def bind_softmax(machine: Machine, *, rows: int, count: int) -> KernelCall:
             row.sweep(finish)
 
     func = emit.function([("x", rows * count, element), ("y", rows * count, element)], body)
-    name = _name(machine.named("softmax_f32"), (rows, count, machine))
+    name = unique(machine.named("softmax_f32"), rows, count, machine)
     return KernelCall(name, func, ("x", "y"), {}, -(-rows // ROWS), 0, f"softmax of {rows} rows of {count}")
 
 
@@ -171,10 +170,6 @@ def bind_layernorm(
 
     size = rows * count
     func = emit.function([("x", size, element), ("y", size, element), ("scales", scales.size, "float32")], body)
-    name = _name(machine.named("layernorm_f32"), (rows, count, epsilon, machine))
+    name = unique(machine.named("layernorm_f32"), rows, count, epsilon, machine)
     text = f"layer normalization of {rows} rows of {count}"
     return KernelCall(name, func, ("x", "y", "scales"), {"scales": scales}, -(-rows // ROWS), 0, text)
-
-
-def _name(stem: str, facts: tuple[Any, ...]) -> str:
-    return f"{stem}_{hashlib.sha256(repr(facts).encode()).hexdigest()[:10]}"

@@ -11,14 +11,13 @@ count and a column count, whose reciprocals are stored: `scales[oy]`, then `scal
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, Literal
 
 import numpy as np
 from tvm.tirx.script.builder import ir as T
 
 from sparsec.kernels import emit, planes
-from sparsec.kernels.base import Format, KernelCall, Machine
+from sparsec.kernels.base import Format, KernelCall, Machine, unique
 from sparsec.kernels.epilogue import NONE, Activation, activate
 from sparsec.kernels.epilogue import reference as reference_activation
 
@@ -134,9 +133,8 @@ def bind(
     if mode == "average":
         constants["scales"] = machine.array(pack(window, count_include_pad, machine.lanes))
         arguments.append(("scales", constants["scales"].size, element))
-    facts = (mode, x_shape, window, activation, machine)
     shape = f"{kernel[0]}x{kernel[1]}s{strides[0]}{strides[1]}"
-    name = f"{machine.named(mode + 'pool_f32')}_{shape}_{hashlib.sha256(repr(facts).encode()).hexdigest()[:10]}"
+    name = unique(f"{machine.named(mode + 'pool_f32')}_{shape}", mode, x_shape, window, activation, machine)
     text = f"{mode} pooling {shape} on {channels}x{height}x{width}, {activation.name}"
     func = emit.function(arguments, body)
     roles = tuple(argument[0] for argument in arguments)
@@ -193,8 +191,7 @@ def bind_global(machine: Machine, mode: Mode, *, rows: int, count: int, activati
             T.buffer_store(y, emit.convert(activate(activation, scalar), machine.element), [row])
 
     func = emit.function([("x", rows * count, machine.element), ("y", rows, machine.element)], body)
-    facts = (mode, rows, count, activation, machine)
-    name = f"global{machine.named(mode + 'pool_f32')}_{hashlib.sha256(repr(facts).encode()).hexdigest()[:10]}"
+    name = unique(f"global{machine.named(mode + 'pool_f32')}", mode, rows, count, activation, machine)
     text = f"{mode} of {rows} planes of {count}, {activation.name}"
     return KernelCall(name, func, ("x", "y"), {}, -(-rows // per_tile), 0, text)
 

@@ -29,10 +29,12 @@ The register tile is written out by hand: the trip count and the panel row are d
 
 from __future__ import annotations
 
+from sparsec.kernels.base import Format
 from sparsec.kernels.conv.cost import best_tiling, predict_us, ranked_tilings, stored_columns, tilings
-from sparsec.kernels.conv.geometry import Geometry, Part, Tiling, reference
+from sparsec.kernels.conv.geometry import Geometry, Tiling, reference
 from sparsec.kernels.conv.kernel import Shares, bind
-from sparsec.kernels.conv.stored import DENSE, TABLE, Format, Packed, pack, unpack
+from sparsec.kernels.conv.stored import DENSE, TABLE, Packed, pack, unpack
+from sparsec.kernels.parts import Part
 
 __all__ = [
     "DENSE",

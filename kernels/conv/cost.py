@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsec.kernels.base import Machine
-from sparsec.kernels.conv.geometry import Geometry, Part, Tiling
-from sparsec.kernels.conv.stored import Format, as_matrix
+from sparsec.kernels import blocks
+from sparsec.kernels.base import Format, Machine
+from sparsec.kernels.conv.geometry import Geometry, Tiling
+from sparsec.kernels.conv.stored import as_matrix
+from sparsec.kernels.parts import Part
 
 LATENCY = 4.0  # cycles until a multiply-add's sum can be added to: Zen 4 and 5, Skylake to Sapphire Rapids, Cortex-A55
 MOST_VECTORS = 12  # in a row of a register tile
@@ -27,13 +29,14 @@ def tile_cycles(
     section: bytes of panel rows that all groups go through in one pass; panel: of all rows.
     """
     least = 0.5 if machine.vector_bytes == 64 else 1.0
+    scalar = min(1.0, machine.loads / 2)  # of a load slot: two narrow loads a cycle even where vectors go one by one
     fmas = loads = issue = from_cache = 0.0
     for part in parts:
         share = max(part.lanes / machine.lanes, least)
         fmas += part.vectors(rows) * share
         issue += part.vectors(rows)
         if part.turned:
-            loads += 0.5 * part.valid + (0 if machine.lane_fma else share)
+            loads += part.valid * scalar + (0 if machine.lane_fma else share)
             issue += part.valid + (not machine.lane_fma)
             from_cache += machine.item * part.valid
         else:
@@ -41,8 +44,8 @@ def tile_cycles(
             issue += 1
             from_cache += machine.item * part.lanes
     straight = any(not part.turned for part in parts)
-    weights = (-(-rows // 4) if machine.lane_fma else rows / 2) if straight else 0
-    loads = (loads + weights + indexed) / machine.loads
+    weights = (-(-rows // 4) if machine.lane_fma else rows) if straight else 0
+    loads = (loads + weights * (1 if machine.lane_fma else scalar) + indexed * scalar) / machine.loads
     issue = (issue + weights + 2 * indexed + 1) / machine.uops
     sums = sum(part.vectors(rows) for part in parts) * chains(machine, rows, parts)
     latency = LATENCY * sum(part.vectors(rows) for part in parts) / sums
@@ -68,7 +71,7 @@ def predict_us(machine: Machine, geometry: Geometry, tiling: Tiling, columns: fl
         compute = columns * tile_cycles(machine, tiling.rows, parts, indexed, depth * row, live * row)
         # Start, epilogue and store of each register tile, in each pass; copying the panel.
         vectors = sum(tiling.rows * part.valid if part.turned else tiling.rows for part in parts)
-        overhead = groups * passes * (machine.group_cycles + 2.0 * vectors / machine.loads)
+        overhead = groups * passes * (machine.group_cycles + vectors * (1.0 + 1.0 / machine.loads))
         copies = len(parts) if geometry.pointwise else len(parts) + -(-pixels // geometry.y_shape[3])
         cycles += count * (compute + overhead + live * (machine.row_cycles + 2.0 * copies / machine.loads))
     prepare = 0.0
@@ -81,9 +84,12 @@ def fits(machine: Machine, tiling: Tiling) -> bool:
     """Whether a register tile's sums, one vector of activations and the weights of a column fit the registers."""
     pixels = min(tiling.width, tiling.pixels)
     sums = sum(part.vectors(tiling.rows) for part in tiling.parts_of(pixels, tiling.rows))
-    weights = -(-tiling.rows // 4) if machine.lane_fma else 1
-    spare = machine.registers - weights - (0 if machine.vector_bytes == 64 else 1)
-    return sums <= (spare - 1 if tiling.rows > 1 else (spare - 2) // 2)
+    if machine.lane_fma:
+        held = -(-tiling.rows // 4) + 1
+    else:  # the fewer of both, and one of the other that is a multiply-add's operand in memory
+        held = min(tiling.rows, pixels // tiling.lanes)
+    spare = machine.registers - held - (0 if machine.vector_bytes == 64 else 1)
+    return sums <= (spare if tiling.rows > 1 else (spare - 1) // 2)
 
 
 def tilings(machine: Machine, geometry: Geometry, form: Format) -> list[Tiling]:
@@ -139,9 +145,5 @@ def stored_columns(w: np.ndarray, form: Format, machine: Machine, geometry: Geom
     oc, taps = w.shape[0], geometry.taps
     if not form.sparse:
         return {rows: float(-(-oc // rows) * taps) for rows in {t.rows for t in tilings(machine, geometry, form)}}
-    matrix = as_matrix(w) != 0
-    padded = np.zeros((-(-oc // form.rows) * form.rows, taps), bool)
-    padded[:oc] = matrix
-    width = form.columns if w.shape[1] % form.columns == 0 else 1
-    kept = padded.reshape(-1, form.rows, taps // width, width).any(axis=(1, 3))
-    return {form.rows: float(kept.sum() * width)}
+    width = blocks.fitting(form.columns, w.shape[1])
+    return {form.rows: float(blocks.kept(as_matrix(w), form.rows, width).sum() * width)}

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from sparsec.kernels.epilogue import NONE, Activation, Residual, reference_finish
+from sparsec.kernels.parts import Part, parts_of
 
 
 @dataclass(frozen=True)
@@ -81,24 +82,6 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some pixels of a tile, from pixel `at`, and the vectors that accumulate them for each group of rows.
-
-    Straight: one vector of `lanes` pixels a row, of which the first `valid` exist. Turned: one vector of `lanes` rows for
-    each of the `valid` pixels; cheaper where fewer pixels than rows are left over.
-    """
-
-    at: int
-    lanes: int
-    valid: int
-    turned: bool = False
-
-    def vectors(self, rows: int) -> int:
-        """Accumulators, and multiply-adds of one stored column."""
-        return self.valid if self.turned else rows
-
-
-@dataclass(frozen=True)
 class Tiling:
     """How one layer is cut: `rows` output channels x `vectors` vectors of pixels a register tile.
 
@@ -141,15 +124,11 @@ class Tiling:
 
     def parts_of(self, pixels: int, rows: int) -> tuple[Part, ...]:
         """What covers `pixels` of a tile in a group of `rows` rows."""
-        parts = [Part(i * self.lanes, self.lanes, self.lanes) for i in range(pixels // self.lanes)]
         rest = pixels % self.lanes
         height = 1 << (rows - 1).bit_length()
         if rest and rest < rows and height <= self.lanes:
-            parts.append(Part(pixels - rest, height, rest, turned=True))
-        elif rest:
-            lanes = 1 if rest == 1 else min(self.lanes, max(self.narrow, 1 << (rest - 1).bit_length()))
-            parts.append(Part(pixels - rest, lanes, rest))
-        return tuple(parts)
+            return (*parts_of(pixels - rest, self.lanes), Part(pixels - rest, height, rest, turned=True))
+        return parts_of(pixels, self.lanes, self.narrow)
 
 
 def reference(

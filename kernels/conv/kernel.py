@@ -10,14 +10,17 @@ import numpy as np
 from tvm.tirx.script.builder import ir as T
 
 from sparsec.kernels import emit
-from sparsec.kernels.base import KernelCall, Machine, unique
+from sparsec.kernels.base import Format, KernelCall, Machine, unique
 from sparsec.kernels.conv.cost import best_tiling, chains, stored_columns
-from sparsec.kernels.conv.geometry import Geometry, Part, Tiling
+from sparsec.kernels.conv.geometry import Geometry, Tiling
 from sparsec.kernels.conv.prepare import prepare
-from sparsec.kernels.conv.stored import DENSE, Format, Packed, pack
+from sparsec.kernels.conv.stored import DENSE, Packed, pack
 from sparsec.kernels.epilogue import NONE, Activation, Residual, finish
+from sparsec.kernels.parts import Part
 
 AHEAD = 512  # elements: weights are asked for this early; one at a time they go by too slowly for hardware to notice
+COPY = 16  # most pixels of one copy
+PACKED_ROWS = 32  # panel rows that are filled at a time
 UNITS = 64  # pieces that a layer is cut into for threads, at least, where it has that many groups of rows
 
 
@@ -91,7 +94,6 @@ class _Convolution:
         self.full_groups, self.rest_rows = divmod(self.oc, packed.rows)
         self.shares = Shares.of(tiling, self.images, self.full_groups)
         self.pointwise = geometry.pointwise
-        self.copy = -(-min(self.out_width, 16) // tiling.lanes) * tiling.lanes  # pixels that one copy moves
         area = packed.rows * packed.columns if packed.sparse else 2
         # LLVM unrolls by itself for x86 but not for Arm.
         self.unroll = max(1, min(4, 8 // area)) if machine.lane_fma else 1
@@ -110,11 +112,12 @@ class _Convolution:
         self.tap_table = not (self.pointwise and self.live == self.geometry.taps)
         self.tap_base = packed.pointers.size if packed.sparse else 0
         self.pointer_base = self.tap_base + self.live
-        self.copy_base = self.pointer_base + self.tiling.count + 1
         if self.tap_table:
             tables.append(self.geometry.tap_offsets()[packed.live])
         if not self.pointwise:
-            tables.extend(_segments(self.geometry, self.tiling, self.copy))
+            self.copies = _Copies(self.geometry, self.tiling)
+            self.copy_base = self.pointer_base + self.copies.pointers
+            tables.append(self.copies.table)
         if tables:
             found["tables"] = np.concatenate(tables).astype(np.int32)
         if bias is not None:
@@ -126,8 +129,8 @@ class _Convolution:
         machine, packed, tiling, element = self.machine, self.packed, self.tiling, self.element
         roles = ["x", "y"] + (["residual"] if self.residual != "none" else []) + list(self.constants) + ["scratch"]
         y_size = self.images * self.oc * tiling.pixels
-        # The panel, what a copy runs over it, and sums that rest between passes.
-        self.panel = -(-(max(self.live, 1) * tiling.width + self.copy) // 64) * 64
+        # The panel, then sums that rest between passes.
+        self.panel = -(-(max(self.live, 1) * tiling.width) // 64) * 64
         scratch = self.panel + (packed.groups * packed.rows * tiling.width if packed.passes > 1 else 0)
         sizes: dict[str, tuple[int, str]] = {
             "x": (self.images * self.image_size, element), "y": (y_size, element), "residual": (y_size, element),
@@ -183,21 +186,34 @@ class _Convolution:
                         one(tiling.tail, tail)
 
     def _pack_panel(self, source: Any, tile: Any, parts: tuple[Part, ...]) -> None:
-        tables, panel, width = self.buffers.get("tables"), self.buffers["scratch"], self.tiling.width
-        with T.serial(0, self.live) as k:
-            offset = tables[self.tap_base + k] if self.tap_table else k * self.tiling.pixels
-            start = T.bind(source + offset)
-            if self.pointwise:
+        x, tables, panel, width = (
+            self.buffers["x"],
+            self.buffers.get("tables"),
+            self.buffers["scratch"],
+            self.tiling.width,
+        )
+
+        def start_of(k: Any) -> Any:
+            return source + (tables[self.tap_base + k] if self.tap_table else k * self.tiling.pixels)
+
+        if self.pointwise:
+            with T.serial(0, self.live) as k:
+                start = T.bind(start_of(k))
                 for part in parts:
                     for at, lanes in _copies(part):
-                        value = emit.load(self.buffers["x"], start + tile * width + at, lanes)
-                        emit.store(panel, k * width + at, value, lanes)
-            else:
-                first, last = tables[self.pointer_base + tile], tables[self.pointer_base + 1 + tile]
-                with T.serial(first, last) as s:
-                    to = tables[self.copy_base + 2 * s]
-                    value = emit.load(self.buffers["x"], start + tables[self.copy_base + 1 + 2 * s], self.copy)
-                    emit.store(panel, k * width + to, value, self.copy)
+                        emit.store(panel, k * width + at, emit.load(x, start + tile * width + at, lanes), lanes)
+            return
+        # Each copy for some rows before the next copy: its place is read once, and the rows stay in the first cache.
+        with T.serial(0, -(-self.live // PACKED_ROWS)) as some:
+            low = T.bind(some * PACKED_ROWS)
+            high = low + PACKED_ROWS if self.live % PACKED_ROWS == 0 else T.bind(T.min(low + PACKED_ROWS, self.live))
+            for size, lanes in enumerate(self.copies.lanes):
+                number = self.pointer_base + tile * len(self.copies.lanes) + size
+                with T.serial(tables[number], tables[number + 1]) as s:
+                    to = T.bind(tables[self.copy_base + 2 * s])
+                    off = T.bind(tables[self.copy_base + 2 * s + 1])
+                    with T.serial(low, high) as k:
+                        emit.store(panel, k * width + to, emit.load(x, start_of(k) + off, lanes), lanes)
 
     # --- groups of rows
 
@@ -303,17 +319,29 @@ class _Convolution:
         def columns(panel_at: list[Any], weights_at: Any) -> None:
             """Columns whose values lie one behind the other."""
             weight = emit.Scalars(values, weights_at, len(panel_at) * packed.rows, self.machine.lane_fma)
+            straight = [(p, part) for p, part in enumerate(parts) if not part.turned]
             for c, start in enumerate(panel_at):
                 acc = sets[c % len(sets)]
+
+                def product(r: int, p: int, factor: Any, activations: Any, acc: emit.Accumulators = acc) -> None:
+                    acc.set(r, p, acc.get(r, p) + factor * activations)
+
+                # Whichever are fewer stay in registers: activations, or weights (Arm holds four in one).
+                if rows > len(straight) and not self.machine.lane_fma:
+                    loaded = [T.bind(emit.load(panel, start + part.at, part.lanes)) for _, part in straight]
+                    for r in range(rows):
+                        for (p, part), activations in zip(straight, loaded, strict=True):
+                            product(r, p, weight(c * packed.rows + r, part.lanes), activations)
+                else:
+                    for p, part in straight:
+                        activations = emit.load(panel, start + part.at, part.lanes)
+                        for r in range(rows):
+                            product(r, p, weight(c * packed.rows + r, part.lanes), activations)
                 for p, part in enumerate(parts):
                     if part.turned:
                         factors = T.bind(emit.load(values, weights_at + c * packed.rows, part.lanes))
                         for i in range(part.valid):
-                            acc.set(i, p, acc.get(i, p) + factors * emit.splat(panel[start + part.at + i], part.lanes))
-                        continue
-                    activations = emit.load(panel, start + part.at, part.lanes)
-                    for r in range(rows):
-                        acc.set(r, p, acc.get(r, p) + weight(c * packed.rows + r, part.lanes) * activations)
+                            product(i, p, factors, emit.splat(panel[start + part.at + i], part.lanes))
 
         def blocks(first: Any, size: int) -> None:
             """Stored blocks (columns of dense weights) first .. first + size of the group."""
@@ -378,21 +406,31 @@ def _copies(part: Part) -> list[tuple[int, int]]:
     return found
 
 
-def _segments(geometry: Geometry, tiling: Tiling, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Copies that fill a panel row, by tile: pointers [tiles + 1] and (panel offset, offset in the phase plane) pairs.
+class _Copies:
+    """What fills the rows of a panel, by tile: copies of 16, 8, 4, 2 or 1 pixels, none of which writes a pixel too many.
 
-    A copy moves `length` pixels and may run past its row: what it writes too much is overwritten by the next copy.
+    A run of pixels of one image row is copied in vectors, the last of which overlaps the one before; a run shorter than
+    a vector by two copies of half its size or more. `lanes`: sizes that occur. `table`: [tiles * sizes + 1] numbers of
+    the first copy, then (panel offset, offset in the phase plane) of each copy.
     """
-    width, columns = geometry.y_shape[3], geometry.phase_shape[2]
-    pointers, pairs = [0], []
-    for tile in range(tiling.count):
-        start, stop = tile * tiling.width, min((tile + 1) * tiling.width, tiling.pixels)
-        pixel = start
-        while pixel < stop:
-            row, column = divmod(pixel, width)
-            run = min(width - column, stop - pixel)
-            for step in range(0, run, length):
-                pairs.append((pixel + step - start, row * columns + column + step))
-            pixel += run
-        pointers.append(len(pairs))
-    return np.array(pointers, np.int32), np.array(pairs, np.int32).reshape(-1)
+
+    def __init__(self, geometry: Geometry, tiling: Tiling) -> None:
+        width, columns = geometry.y_shape[3], geometry.phase_shape[2]
+        tiles: list[list[tuple[int, int, int]]] = []  # (lanes, panel offset, plane offset)
+        for tile in range(tiling.count):
+            start, stop = tile * tiling.width, min((tile + 1) * tiling.width, tiling.pixels)
+            found, pixel = [], start
+            while pixel < stop:
+                row, column = divmod(pixel, width)
+                run = min(width - column, stop - pixel)
+                lanes = min(COPY, 1 << (run.bit_length() - 1))
+                steps = {*range(0, run - lanes + 1, lanes), run - lanes}
+                found += [(lanes, pixel - start + step, row * columns + column + step) for step in sorted(steps)]
+                pixel += run
+            tiles.append(found)
+        self.lanes = sorted({lanes for found in tiles for lanes, _, _ in found}, reverse=True)
+        groups = [[pair for size, *pair in found if size == lanes] for found in tiles for lanes in self.lanes]
+        numbers = np.cumsum([0, *(len(group) for group in groups)])
+        pairs = [offset for group in groups for pair in group for offset in pair]
+        self.pointers = numbers.size
+        self.table = np.concatenate([numbers, pairs]).astype(np.int32)

@@ -6,32 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-
-@dataclass(frozen=True)
-class Format:
-    """A row of the table: how weights are stored. `rows` x `columns` is the block; dense has no index."""
-
-    name: str
-    op: str
-    format: str
-    dtype: str
-    rows: int
-    columns: int
-    text: str
-
-    @property
-    def sparse(self) -> bool:
-        """Whether blocks of zeros are left out."""
-        return self.format != "dense"
+from sparsec.kernels import blocks
+from sparsec.kernels.base import Format
 
 
 def _format(rows: int, columns: int) -> Format:
     block = f"{rows}x{columns}"
     what = "unstructured zeros" if block == "1x1" else f"{block} blocks (output x input channels)"
-    return Format(f"conv_f32_{block}", "Conv", block, "float32", rows, columns, f"convolution, {what}")
+    return Format(f"conv_f32_{block}", "Conv", block, "float32", f"convolution, {what}", rows=rows, columns=columns)
 
 
-DENSE = Format("conv_f32_dense", "Conv", "dense", "float32", 0, 1, "convolution, dense weights")
+DENSE = Format("conv_f32_dense", "Conv", "dense", "float32", "convolution, dense weights")
 TABLE: tuple[Format, ...] = (
     DENSE,
     *(_format(r, c) for r, c in ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (4, 4), (8, 4), (1, 4))),
@@ -88,34 +73,20 @@ def pack(w: np.ndarray, form: Format, rows: int | None = None, depth: int = 0) -
     """
     matrix = as_matrix(w)
     oc, taps = matrix.shape
-    height = form.rows or rows or 1
-    width = form.columns if w.shape[1] % form.columns == 0 else 1  # a ragged last block is stored by single columns
+    height, width = form.rows or rows or 1, blocks.fitting(form.columns, w.shape[1])
     live = np.arange(taps, dtype=np.int32)
     if form.sparse:
         live = np.flatnonzero(matrix.any(axis=0).reshape(-1, width).any(axis=1).repeat(width)).astype(np.int32)
-    padded = np.zeros((-(-oc // height) * height, live.size), np.float32)  # a smaller last group is stored in full
-    padded[:oc] = matrix[:, live]
     step = -(-depth // width) * width if 0 < depth < live.size else max(live.size, 1)
-    values: list[np.ndarray] = []
-    index: list[np.ndarray] = []
-    counts: list[int] = []
-    for first in range(0, max(live.size, 1), step):
-        for top in range(0, oc, height):
-            group = padded[top : top + height, first : first + step]  # [R, K of the pass]
-            if not form.sparse:
-                values.append(group.T.reshape(-1))
-                counts.append(group.shape[1])
-                continue
-            blocks = np.flatnonzero(group.any(axis=0).reshape(-1, width).any(axis=1))
-            index.append(first + blocks * width)
-            values.append(group.reshape(height, -1, width)[:, blocks].transpose(1, 2, 0).reshape(-1))
-            counts.append(blocks.size)
-    index_type = np.uint16 if live.size <= 1 << 16 else np.int32
+    firsts = range(0, max(live.size, 1), step)
+    passes = [blocks.pack(matrix[:, live[at : at + step]], height, width, every=not form.sparse) for at in firsts]
+    counts = np.concatenate([np.diff(one.pointers) for one in passes])
+    index = np.concatenate([at + one.index.astype(np.int32) for at, one in zip(firsts, passes, strict=True)])
     return Packed(
         height, width, form.sparse, step, live,
-        np.cumsum([0, *counts]).astype(np.int32),
-        np.concatenate(index).astype(index_type) if index else np.zeros(0, index_type),
-        np.concatenate(values),
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+        (index if form.sparse else index[:0]).astype(blocks.index_type(live.size)),
+        np.concatenate([one.values.reshape(-1) for one in passes]),
         (oc, taps),
     )  # fmt: skip
 
@@ -123,18 +94,18 @@ def pack(w: np.ndarray, form: Format, rows: int | None = None, depth: int = 0) -
 def unpack(packed: Packed, w_shape: tuple[int, int, int, int]) -> np.ndarray:
     """Stored form to dense [OC, IC, KH, KW]: the inverse of `pack`."""
     oc, taps = packed.shape
+    values = packed.values.reshape(-1, packed.columns, packed.rows)
+    compact = np.zeros((oc, packed.live.size), np.float32)
+    for p in range(packed.passes):
+        pointers = packed.pointers[p * packed.groups : (p + 1) * packed.groups + 1]
+        low, high = int(pointers[0]), int(pointers[-1])
+        if packed.sparse:
+            index = packed.index[low:high]
+        else:
+            index = p * packed.depth + np.tile(np.arange((high - low) // packed.groups), packed.groups)
+        one = blocks.Blocks(packed.rows, packed.columns, pointers - low, index, values[low:high], compact.shape)
+        compact += blocks.unpack(one)
     matrix = np.zeros((oc, taps), np.float32)
-    position = 0
-    for number in range(len(packed.pointers) - 1):
-        lo, hi = int(packed.pointers[number]), int(packed.pointers[number + 1])
-        p, g = divmod(number, packed.groups)
-        first = g * packed.rows
-        height = min(packed.rows, oc - first)
-        width = packed.columns if packed.sparse else 1
-        stored = packed.values[position : position + (hi - lo) * width * packed.rows].reshape(-1, width, packed.rows)
-        position += stored.size
-        for b in range(hi - lo):
-            start = int(packed.index[lo + b]) if packed.sparse else p * packed.depth + b
-            matrix[first : first + height, packed.live[start : start + width]] = stored[b].T[:height]
+    matrix[:, packed.live] = compact
     w = matrix.reshape(oc, w_shape[2], w_shape[3], w_shape[1])
     return np.ascontiguousarray(w.transpose(0, 3, 1, 2))

@@ -81,7 +81,7 @@ def price_product(machine: Machine, m: int, w: np.ndarray) -> Prices:
         for form in fc.TABLE:
             packed = fc.pack(w, form)
             ways.append(Way(machine.named(form.name), True, fc.predict_us(machine, m, packed), form))
-            stored[form.name] = round(100 * packed.blocks * packed.columns / ((len(packed.pointers) - 1) * k))
+            stored[form.name] = round(100 * packed.blocks * packed.columns / (packed.groups * k))
 
     def calls(way: Way) -> Bound:
         return [(_call(machine, m, w, way, bias=np.zeros(n, np.float32)), {"x": "x", "y": "y"})]
