@@ -18,6 +18,7 @@ import sparsec
 from sparsec.codegen import assembly, kernel_text
 from sparsec.emit import HEADER_BYTES, weights_blob
 from sparsec.kernels import conv
+from sparsec.kernels.base import variant
 from sparsec.loading import load_model, model_bytes
 from sparsec.lowering import lower
 from sparsec.lowering.structure import detect_structure
@@ -140,7 +141,7 @@ assert prices["conv_f32_4x1"] < 0.5 * prices["conv_f32_dense"]  # a quarter of t
 # their column indices, so that each row x[k, :] that is loaded feeds four rows of sums. Stored, for each group of four
 # rows: the columns that are left, as a 16-bit index and four values each. That is all there is to the format.
 
-form = next(form for form in conv.TABLE if form.format == "4x1")
+form = variant(conv.TABLE, "4x1")
 packed = conv.pack(weight, form)
 block = next(
     b for b in range(packed.pointers[oc // 4], packed.pointers[oc // 4 + 1]) if packed.live[packed.index[b]] == ic
