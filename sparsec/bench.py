@@ -109,6 +109,17 @@ def bench(
     )  # fmt: skip
 
 
+def faster(before: Artifact, after: Artifact, runs: int = 50) -> float:
+    """How many times as fast `after` runs as `before`: the ratio of medians, both timed in turns on this machine."""
+    with contextlib.ExitStack() as stack:
+        sessions = {
+            name: stack.enter_context(find_runtime(None, artifact).open(artifact, artifact.manifest["threads"]))
+            for name, artifact in (("before", before), ("after", after))
+        }
+        stats = _take_turns(sessions, read_parity(before), runs, None)
+    return stats["before"].median_ms / stats["after"].median_ms
+
+
 def _take_turns(
     sessions: dict[str, Session],
     sample: dict[str, np.ndarray],

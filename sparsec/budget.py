@@ -57,7 +57,7 @@ RETRIES = 2
 NOISE = 0.03  # of a timing: a measured speed-up may miss by this
 FASTEST = 1000.0
 
-Pruning = Callable[[str, float], Any]  # (block, share): a spec or a pass
+Pruning = Callable[[str, float], Sequence[Any]]  # (block, share): specs or passes
 Clock = Callable[[bytes], float]  # the measured speed-up of a model over the one before
 Progress = Callable[[str, int, int], None]
 
@@ -150,7 +150,7 @@ def fit_budget(
 
     steps: passes of the user: those before and with `recover` are kept in their order around the pruning that is chosen.
     judge_data: measures the drop in the place of held-out calibration samples. clock: measures a speed-up. pruning: the
-    pass for a block and a share (default: `best_pruning`). UsageError: too few samples, or a `prune` among the steps.
+    passes for a block and a share (default: `best_pruning`). UsageError: too few samples, or a `prune` among the steps.
     BudgetMissed: nothing holds it.
     """
     named = [step.name for step in steps]
@@ -168,14 +168,9 @@ def fit_budget(
         )
         raise UsageError(f"{what} are too few to measure a drop on; give at least {FEWEST * HELD_OUT}", "--calibration")
     judge = Judge(model, judging, labels)
-    before = (
-        run_passes(model, steps[:cut], calibration=seen, target=target, price=layer_price(target), progress=progress)
-        if cut
-        else (model, [])
-    )
     with tempfile.TemporaryDirectory(prefix="sparsec-budget-") as folder:
-        make = pruning or best_pruning(Path(folder))
-        fitter = _Fitter(budget, before, steps[cut:], target, seen, judge, clock, progress, make)
+        make = pruning or best_pruning(Path(folder), "rearrange" not in named)
+        fitter = _Fitter(budget, model, steps[:cut], steps[cut:], target, seen, judge, clock, progress, make)
         made = fitter.accuracy(blocks) if budget.kind == "accuracy" else fitter.speedup(blocks)
     points = sorted(fitter.points, key=lambda p: (p.speedup, p.drop))
     curve = {
@@ -184,17 +179,18 @@ def fit_budget(
     }  # fmt: skip
     records = [{**record, "options": _lasting(record["options"])} for record in made.records]
     records[-1]["budget"] = curve
-    return _model(made.data), records
+    return ir.from_proto(onnx.load_model_from_string(made.data)), records
 
 
-def best_pruning(folder: Path) -> Pruning:
-    """`prune` with allocation by search; what it measures is kept in `folder`, so that the next share finds it."""
+def best_pruning(folder: Path, rearrange: bool = True) -> Pruning:
+    """`rearrange` for blocks, and `prune`; what is measured is kept in `folder`, so that the next share finds it."""
 
-    def spec(block: str, share: float) -> str:
-        state = folder / f"{block}.json"
-        return f"prune:block={block},sparsity={math.ceil(1e6 * share) / 1e6:.6f},allocation=search,budget=latency,state={state}"
+    def passes(block: str, share: float) -> list[str]:
+        state, removed = folder / f"{block}.json", math.ceil(1e6 * share) / 1e6
+        moved = [f"rearrange:block={block}"] if rearrange and block != "1x1" else []
+        return [*moved, f"prune:block={block},sparsity={removed:.6f},budget=latency,state={state}"]
 
-    return spec
+    return passes
 
 
 def _lasting(options: dict[str, Any]) -> dict[str, Any]:
@@ -261,14 +257,14 @@ class _Fitter:
     """Makes points and looks for the one that holds the budget."""
 
     def __init__(
-        self, budget: Budget, before: tuple[ir.Model, list[dict[str, Any]]], after: Sequence[PassStep], target: Target,
+        self, budget: Budget, model: ir.Model, before: Sequence[PassStep], after: Sequence[PassStep], target: Target,
         calibration: Any, judge: Judge, clock: Clock | None, progress: Progress | None, pruning: Pruning,
     ) -> None:  # fmt: skip
-        model, self._records = before
-        self._data = model_bytes(model)
-        self._budget, self._after, self._target, self._calibration = budget, after, target, calibration
-        self._judge, self._clock, self._progress, self._pruning = judge, clock, progress, pruning
+        self._data, self._before, self._after = model_bytes(model), before, after
+        self._budget, self._target, self._calibration = budget, target, calibration
         self._price = layer_price(target)
+        self._judge, self._clock, self._progress, self._pruning = judge, clock, progress, pruning
+        model, _ = self._run(before)
         self._total = predicted_us(model, target)
         selection = select_layers(model)
         selection.require()
@@ -326,20 +322,29 @@ class _Fitter:
         if self._progress is not None:
             self._progress("budget: timing", 0, 1)
         measured = self._clock(made.data)
-        point = replace(made.point, measured=measured, holds=measured >= self._budget.amount * (1 - NOISE))
+        point = replace(made.point, measured=measured, holds=bool(measured >= self._budget.amount * (1 - NOISE)))
         self.points[self.points.index(made.point)] = point
         return replace(made, point=point)
+
+    def _run(self, steps: Sequence[PassStep]) -> tuple[ir.Model, list[dict[str, Any]]]:
+        return run_passes(
+            ir.from_proto(onnx.load_model_from_string(self._data)), steps, calibration=self._calibration,
+            target=self._target, price=self._price, progress=self._progress,
+        )  # fmt: skip
 
     def _try(self, block: str, share: float, recover: bool = False) -> _Made | None:
         """The point; None if `prune` cannot reach the share with this block."""
         if self._progress is not None:
             self._progress(f"budget: {block} blocks, {100 * share:.0f}% of the pruned layers' latency", 0, 1)
-        steps = [as_step(self._pruning(block, share)), *(self._after if recover else ())]
+        chosen = [as_step(item) for item in self._pruning(block, share)]
+        after = self._after if recover else ()
         try:
-            model, records = run_passes(
-                _model(self._data), steps, calibration=self._calibration, target=self._target, price=self._price,
-                progress=self._progress,
-            )  # fmt: skip
+            try:
+                model, records = self._run([*self._before, *chosen, *after])
+            except RecipeError as error:
+                if error.where != "pass rearrange" or len(chosen) == 1:
+                    raise
+                model, records = self._run([*self._before, *chosen[1:], *after])  # no channels of it may move
         except RecipeError as error:
             if "cannot be held" in error.message:
                 return None
@@ -347,15 +352,15 @@ class _Fitter:
         data = model_bytes(model)
         layers = [layer for layer in select_layers(model).layers if layer.name in self._layers]
         zeros = sum(layer.size - int(np.count_nonzero(layer.read())) for layer in layers)
-        drop, speedup = self._judge.drop(data), self._total / predicted_us(model, self._target)
+        drop, speedup = float(self._judge.drop(data)), float(self._total / predicted_us(model, self._target))
         if self._budget.kind == "accuracy":
             holds = drop <= self._budget.amount + 1e-12
         else:
             holds = speedup >= self._budget.amount * (1 - 1e-6)
         share_zero = zeros / sum(layer.size for layer in layers)
-        point = Point(block, share, share_zero, drop, speedup, recover and bool(self._after), holds)
+        point = Point(block, share, share_zero, drop, speedup, recover and bool(self._after), bool(holds))
         self.points.append(point)
-        return _Made(point, data, [*self._records, *records])
+        return _Made(point, data, records)
 
     def _missed(self) -> BudgetMissed:
         if not self.points:
@@ -372,7 +377,3 @@ class _Fitter:
 def predicted_us(model: ir.Model, target: Target) -> float:
     """Microseconds that the cost model expects of the whole model."""
     return sum(layer.predicted_us for layer in lower(model, target).layers)
-
-
-def _model(data: bytes) -> ir.Model:
-    return ir.from_proto(onnx.load_model_from_string(data))

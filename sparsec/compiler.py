@@ -13,6 +13,7 @@ import os as _os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ import onnx
 import onnx_ir as ir
 
 from sparsec.artifact import Artifact, Facts, artifact_path, check_output, load, staged, write_artifact
+from sparsec.bench import faster
+from sparsec.budget import Budget, fit_budget
 from sparsec.build import build, pack_parity
 from sparsec.codegen import kernel_text
 from sparsec.data import Data, Images, InputSpec, input_spec, load_data
@@ -32,7 +35,7 @@ from sparsec.passes_api import resolve_passes
 from sparsec.pipeline import run_passes
 from sparsec.program import Program
 from sparsec.recipe import Recipe, load_recipe
-from sparsec.targets import Target, find_target, with_precision
+from sparsec.targets import Target, find_target, missing_features, with_precision
 from sparsec.tolerance import tolerances
 from sparsec.tuning import Lookup, read_tuning
 from sparsec.verify import parity_sample, verify
@@ -72,6 +75,8 @@ def compile(
     embed_weights: bool = False,
     preprocess: str | None = None,
     tuning: str | _os.PathLike[str] | None = None,
+    budget: str | None = None,
+    budget_data: Calibration | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Compile a model to an artifact for one target and prove it against ONNX Runtime.
@@ -82,8 +87,9 @@ def compile(
     precision: "f32", or "f16" on CPUs with float16 arithmetic: layers store and compute in it, inputs and outputs stay
     float32. shapes: input name to full shape. bind: inputs fixed to a constant. threads: the artifact's default. output: the
     artifact if it ends in ".sparsec", else the folder for it; without it the artifact lives in a temporary directory that
-    goes with the object. tuning: a file that `sparsec tune` made, asked before the cost model. Raises a `SparsecError`;
-    then nothing is left behind.
+    goes with the object. tuning: a file that `sparsec tune` made, asked before the cost model. budget: "accuracy=1%" or
+    "speedup=2x" chooses the pruning (`sparsec.budget`; needs calibration); budget_data, with labels or without, measures
+    the drop in the place of a part of the calibration data. Raises a `SparsecError`; then nothing is left behind.
     """
     say = progress or (lambda text: None)
     if threads < 1 or threads > 256:
@@ -96,10 +102,18 @@ def compile(
     choices = Lookup(read_tuning(tuning)) if tuning is not None else None
     if choices is not None:
         choices.tuning.check_for(machine.cpu)
+    fit = None
+    if budget is not None:
+        clock = partial(_clock, machine=machine, threads=threads, tuning=tuning)
+        fit = partial(_fit, promise=Budget.parse(budget), target=machine, judge_data=budget_data, clock=clock)
+    elif budget_data is not None:
+        raise UsageError("measures the drop of a --budget, and there is none", "--budget-data")
     name = _model_name(model, output)
     with _destination(output, name, overwrite) as (directory, finish):
         say("loading")
-        rewritten = _rewrite(model, passes, chosen, calibration, shapes, bind, plugins, dump, preprocess, say, machine)
+        rewritten = _rewrite(
+            model, passes, chosen, calibration, shapes, bind, plugins, dump, preprocess, say, machine, fit
+        )
         data = model_bytes(rewritten.model)
         say("lowering")
         program = lower(rewritten.model, machine, name, choices)
@@ -159,7 +173,7 @@ def _recipe(recipe: Any) -> Recipe:
 
 def _rewrite(
     model: Model, passes: Iterable[Any], recipe: Recipe, calibration: Calibration | None, shapes: Any, bind: Any,
-    plugins: Any, dump: Any, preprocess: str | None, say: Progress, target: Target | None,
+    plugins: Any, dump: Any, preprocess: str | None, say: Progress, target: Target | None, fit: Any = None,
 ) -> Rewritten:  # fmt: skip
     notes: list[str] = []
     steps = resolve_passes(passes, recipe, plugins)  # a wrong pass is said before the model is read
@@ -174,7 +188,10 @@ def _rewrite(
     def tell(step: str, done: int, total: int) -> None:
         say(f"{step} ({done + 1}/{total})" if done < total else step)
 
-    changed, records = run_passes(
+    if fit is not None:
+        changed, records = fit(loaded, steps, calibration=data, preprocess=preprocess, dump=dump, progress=tell)
+    else:
+        changed, records = run_passes(
         loaded, steps, calibration=data, target=target, dump=dump, progress=tell,
         price=layer_price(target) if target is not None else None,
     )  # fmt: skip
@@ -185,6 +202,38 @@ def _rewrite(
         "calibration": data.digest if data is not None else None,
     }
     return Rewritten(changed, tuple(records), tuple(notes), digests, data)
+
+
+def _fit(
+    model: ir.Model, steps: Any, *, promise: Budget, target: Target, judge_data: Calibration | None, clock: Any,
+    calibration: Data | None, preprocess: str | None, dump: Any, progress: Any,
+) -> tuple[ir.Model, list[dict[str, Any]]]:  # fmt: skip
+    """`run_passes` with the pruning that holds a budget."""
+    if calibration is None:
+        raise UsageError("measures what a pruning does and needs --calibration", "--budget")
+    own = None
+    if judge_data is not None:
+        images = isinstance(judge_data, (str, _os.PathLike)) and Path(judge_data).is_dir()
+        own = load_data(judge_data, [input_spec(value) for value in model.graph.inputs], preprocess if images else None)
+    run_passes(model, (), dump=dump)  # writes 10-load.onnx
+    found = fit_budget(model, steps, promise, target, calibration, own, clock(model_bytes(model)), progress)
+    if dump is not None:
+        (Path(dump) / "20-budget.onnx").write_bytes(model_bytes(found[0]))
+    return found
+
+
+def _clock(before: bytes, machine: Target, threads: int, tuning: Any) -> Callable[[bytes], float] | None:
+    """What times models against `before`; None if the target's code does not run on this machine."""
+    if missing_features(machine):
+        return None
+    built: list[Artifact] = []
+
+    def measured(data: bytes) -> float:
+        for model in (data,) if built else (before, data):
+            built.append(compile(model, machine, precision=machine.precision, threads=threads, tuning=tuning))
+        return faster(built[0], built[-1])
+
+    return measured
 
 
 def _raw_bytes(model: Model) -> bytes:

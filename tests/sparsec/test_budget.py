@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+import sparsec
 from sparsec import budget as module
 from sparsec.budget import Budget, BudgetMissed, Judge, Part, fit_budget, predicted_us
 from sparsec.data import input_spec, load_data
@@ -64,8 +65,8 @@ class Thin(Pass):
         return PassResult(model, True)
 
 
-def thin(block: str, share: float) -> Thin:
-    return Thin(block, share)
+def thin(block: str, share: float) -> list[Thin]:
+    return [Thin(block, share)]
 
 
 def fit(text: str, steps=(), **options):
@@ -159,7 +160,7 @@ def test_an_accuracy_that_nothing_holds_is_one_line_with_the_best() -> None:
     with pytest.raises(
         BudgetMissed, match=r"no pruning holds accuracy=0%; the best found: .*drop \d.*x predicted"
     ) as caught:
-        fit("accuracy=0%", pruning=lambda block, share: Thin(block, 0.7))
+        fit("accuracy=0%", pruning=lambda block, share: [Thin(block, 0.7)])
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 1
     assert caught.value.points
@@ -256,3 +257,28 @@ def test_labelled_data_of_its_own_judges_and_all_calibration_calibrates() -> Non
 
 def test_prediction_is_the_sum_of_the_layers() -> None:
     assert predicted_us(network(), TARGET) == sum(layer.predicted_us for layer in lower(network(), TARGET).layers)
+
+
+def test_compile_holds_the_budget_and_the_manifest_has_the_curve(tmp_path) -> None:
+    artifact = sparsec.compile(
+        demo(), "host", budget="accuracy=30%", calibration={"input": images()[0]}, dump=tmp_path / "dump",
+        output=tmp_path / "demo.sparsec",
+    )  # fmt: skip
+    facts = artifact.manifest["passes"][-1]["budget"]
+    assert facts["chosen"]["drop"] <= 0.3
+    model = (artifact.path / "model.onnx").read_bytes()
+    judge = Judge(network(), Part(data(), held_out=True), None)
+    assert judge.drop(model) == pytest.approx(facts["chosen"]["drop"], abs=1e-6)
+    assert [p["name"] for p in artifact.manifest["passes"]][-1] == "prune"
+    assert "state" not in artifact.manifest["passes"][-1]["options"]  # a file that is gone
+    assert str(tmp_path) not in (artifact.path / "manifest.json").read_text()
+    assert sorted(p.name for p in (tmp_path / "dump").iterdir())[:2] == ["10-load.onnx", "20-budget.onnx"]
+
+
+def test_compile_refuses_a_budget_without_data_and_data_without_a_budget() -> None:
+    with pytest.raises(UsageError, match="needs --calibration"):
+        sparsec.compile(demo(), "host", budget="accuracy=30%")
+    with pytest.raises(UsageError, match="there is none"):
+        sparsec.compile(demo(), "host", budget_data={"input": images()[0]})
+    with pytest.raises(UsageError, match="expected accuracy=1%"):
+        sparsec.compile(demo(), "host", budget="size=1MB")
