@@ -28,7 +28,7 @@ from sparsec.passes.masks import Pattern
 WINDOW = 128  # candidate units of one step
 STEPS = 12  # a step eliminates at most this part of what is alive
 CHUNK = 1 << 28  # bytes of inverses at once
-LIMIT = 4e12  # floating-point operations of one layer's traces
+LIMIT = 1.5e12  # floating-point operations of one layer's traces
 KINDS = ("magnitude", "activation", "second-order")
 
 

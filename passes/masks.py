@@ -26,6 +26,8 @@ import numpy as np
 from sparsec.errors import RecipeError
 from sparsec.passes.layers import block_sums, parse_block, spread_blocks
 
+PRUNED = 0.05  # a layer with a larger share of zeros was pruned before: its zeros stay; fewer are accidents
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -86,6 +88,12 @@ def draw_masks_globally(
 def magnitude(weight: np.ndarray) -> np.ndarray:
     """Scores w^2."""
     return np.square(weight, dtype=np.float64)
+
+
+def supports(weight: np.ndarray, refit: bool) -> np.ndarray:
+    """True where a weight may be nonzero: a refit fills zeros that are there by accident, so they do not count as zeros."""
+    nonzero = weight != 0
+    return np.ones_like(nonzero) if refit and nonzero.mean() >= 1 - PRUNED else nonzero
 
 
 def n_of_m_mask(scores: np.ndarray, keep: int, group: int) -> np.ndarray:

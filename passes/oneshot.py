@@ -11,31 +11,30 @@ This is what allocation measures, and whose scores draw the masks; `sparsec.pass
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from sparsec.passes.importance import activation_scores, second_order_scores
 from sparsec.passes.layers import WeightedLayer
-from sparsec.passes.masks import Pattern, draw_masks, magnitude
-from sparsec.passes.reconstruct import RIDGE, Problem, damp
+from sparsec.passes.masks import Pattern, draw_masks, magnitude, supports
+from sparsec.passes.reconstruct import RIDGE, ROUGH, Problem, damp, set_constant
 from sparsec.passes.replay import goal_of
 from sparsec.passes.statistics import gather
 from sparsec.passes_api import Context, Samples
 
-ROUGH = 20  # iterations of a refit that is only looked at
 HELD = 1 << 30  # bytes of moments kept for refits; layers beyond that are shown unrefitted
 
 
 class OneShot:
-    """Scores of `layers`, and `prune_layer` for `sparsec.passes.allocate`."""
+    """Scores of `layers` by name, and `prune_layer` for `sparsec.passes.allocate`."""
 
     def __init__(
         self, model: ir.Model, layers: Sequence[WeightedLayer], calibration: Samples | None, pattern: Pattern,
         importance: str, refit: bool = True,
     ) -> None:  # fmt: skip
-        self._pattern = pattern
+        self._pattern, self._refit = pattern, refit and calibration is not None
         self._text = f"{pattern} {importance} refit={refit and calibration is not None}"
         self._problems: dict[str, Problem] = {}
         self._means: dict[str, np.ndarray] = {}
@@ -58,7 +57,8 @@ class OneShot:
             else:
                 self.scores[layer.name] = magnitude(weight)
             held += h.nbytes // 2
-            if refit and held <= HELD:
+            # Weights that several nodes read are shown and written as they are.
+            if refit and held <= HELD and len(layer.weight.uses()) == 1:
                 start = weight.reshape(weight.shape[0], -1).astype(np.float32)
                 h = h.astype(np.float32)
                 self._problems[layer.name] = Problem(h, start @ h, start, np.zeros(len(start)))
@@ -70,16 +70,30 @@ class OneShot:
 
     def mask(self, layer: WeightedLayer, sparsity: float) -> np.ndarray:
         """True where the weight stays, [OC, IC, KH, KW]."""
-        return draw_masks([layer.read()], [self.scores[layer.name]], self._pattern, sparsity)[0]
+        support = supports(layer.read(), self._refit)
+        return draw_masks([support], [self.scores[layer.name]], self._pattern, sparsity)[0] & support
 
     def prune_layer(self, layer: WeightedLayer, sparsity: float) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The layer's weight at `sparsity`, refitted alone, and its bias as stored where that changes."""
-        weight, mask = layer.read(), self.mask(layer, sparsity)
+        return self._refitted(layer, self.mask(layer, sparsity), ROUGH)
+
+    def write(self, layers: Sequence[WeightedLayer], masks: Mapping[str, np.ndarray]) -> None:
+        """Mask and refit each of `layers` in place."""
+        for layer in layers:
+            weight, others = self._refitted(layer, masks[layer.name], None)
+            layer.write(weight)
+            if others:
+                set_constant(self._bias[layer.name], next(iter(others.values())))
+
+    def _refitted(
+        self, layer: WeightedLayer, mask: np.ndarray, iterations: int | None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        weight = layer.read()
         problem = self._problems.get(layer.name)
         if problem is None:
             return np.where(mask, weight, np.zeros((), weight.dtype)), {}
         flat = mask.reshape(mask.shape[0], -1)
-        refitted = problem.descend(flat, problem.start, ROUGH)
+        refitted = problem.refit(flat) if iterations is None else problem.descend(flat, problem.start, iterations)
         others = {}
         bias = self._bias.get(layer.name)
         if bias is not None and bias.const_value is not None:

@@ -30,7 +30,7 @@ import onnx_ir as ir
 from sparsec.errors import RecipeError
 from sparsec.passes.allocate import MEASURED, allocate
 from sparsec.passes.layers import WEIGHTED, WeightedLayer, block_sums, select_layers, spread_blocks
-from sparsec.passes.masks import Pattern, draw_masks, draw_masks_globally
+from sparsec.passes.masks import Pattern, draw_masks, draw_masks_globally, supports
 from sparsec.passes.oneshot import OneShot
 from sparsec.passes.reconstruct import RIDGE, reconstruct
 from sparsec.passes_api import Context, Pass, PassResult
@@ -48,8 +48,9 @@ class Prune(Pass):
     keeping `floor` of its blocks. `include`, `exclude`: globs over node names. `types`: operators considered.
     `importance`, `allocation`: auto is second-order and sensitivity with calibration data, magnitude and uniform
     without. `budget`: what the allocation divides. `samples`: of the calibration data, for the allocation. `state`: a
-    file that keeps what the allocation measured. `refit`: re-optimize what is left, pulled to the original weights
-    with strength `ridge`; `repair`: refit layers that are not pruned, too.
+    file that keeps what the allocation measured. `refit`: re-optimize what is left, each layer alone or the network in
+    graph order, pulled to the original weights with strength `ridge`, making up for earlier layers' errors by the share
+    `trust` (auto: chosen on held-out samples); `repair`: refit layers that are not pruned, too.
     """
 
     name: ClassVar[str] = "prune"
@@ -67,9 +68,10 @@ class Prune(Pass):
     budget: Literal["weights", "flops", "latency"] = "weights"
     samples: int = 64
     state: str = ""
-    refit: bool = True
+    refit: Literal["network", "layer", "none"] = "network"
     repair: bool = True
     ridge: float = RIDGE
+    trust: Literal["auto"] | float = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity <= 1:
@@ -78,6 +80,8 @@ class Prune(Pass):
             raise RecipeError(f"prune: floor is a share from 0 to 1, got {self.floor}")
         if self.scope not in ("layer", "global"):
             raise RecipeError(f"prune: scope must be layer or global, got {self.scope!r}")
+        if self.trust != "auto" and not 0 <= self.trust <= 1:
+            raise RecipeError(f"prune: trust is auto or a share from 0 to 1, got {self.trust}")
         if self.samples < 1 or not self.ridge > 0:
             raise RecipeError(f"prune: samples and ridge are above 0, got {self.samples} and {self.ridge}")
         Pattern.parse(self.block, self.nm)
@@ -103,20 +107,25 @@ class Prune(Pass):
         if importance != "magnitude" and context.calibration is None:
             raise RecipeError(f"prune: importance={importance} looks at activations and needs --calibration")
         before = {layer.name: layer.read().copy() for layer in layers}
-        alone = OneShot(model, layers, context.calibration, pattern, importance, self.refit)
+        alone = OneShot(model, layers, context.calibration, pattern, importance, self.refit != "none")
         shares = self._shares(model, layers, alone, context)
-        weights, scores = list(before.values()), [alone.scores[layer.name] for layer in layers]
+        refit = self.refit != "none" and context.calibration is not None
+        weights = [supports(weight, refit) for weight in before.values()]
+        scores = [alone.scores[layer.name] for layer in layers]
         if self.scope == "global" and not self.nm:
             masks = draw_masks_globally(weights, scores, pattern, self.sparsity, self.floor)
         else:
             masks = draw_masks(weights, scores, pattern, shares)
         if not self.nm:
             self._refuse_scattered(layers, masks, pattern)
-        del alone  # its moments
-        named = {layer.name: mask for layer, mask in zip(layers, masks, strict=True)}
+        named = {layer.name: mask & support for layer, mask, support in zip(layers, masks, weights, strict=True)}
         errors: dict[str, float | None] = {}
-        if context.calibration is not None and self.refit:
-            done = reconstruct(model, named, context.calibration, pattern.rows, self.ridge, self.repair)
+        if refit and self.refit == "layer":
+            alone.write(layers, named)
+        elif refit and context.calibration is not None:
+            del alone  # its moments
+            trust = None if self.trust == "auto" else self.trust
+            done = reconstruct(model, named, context.calibration, self.ridge, trust, self.repair)
             errors = {refitted.layer.name: refitted.error for refitted in done}
         else:
             apply_masks(layers, named, context)
@@ -143,7 +152,8 @@ class Prune(Pass):
             tell=context.tell,
         )  # fmt: skip
         context.records.append(found.record())
-        return [found.sparsities[layer.name] for layer in layers]
+        shares = [found.sparsities[layer.name] for layer in layers]
+        return scaled(shares, [layer.size for layer in layers], self.sparsity) if self.budget == "weights" else shares
 
     def _is_done(self, layers: Sequence[WeightedLayer], pattern: Pattern) -> bool:
         """Whether the layers have the zeros asked for, in the pattern, up to half a block."""
@@ -168,6 +178,26 @@ class Prune(Pass):
             raise RecipeError(f"{text} {filled / total:.3f} of the weights; ask for a sparsity above {zeros:.3f}")
 
 
+def scaled(shares: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[float]:
+    """`shares` times one factor, each at most 1, so that sum(share * size) = sparsity * sum(size).
+
+    >>> scaled([0.2, 0.4], [100, 100], 0.6)
+    [0.4, 0.8]
+    """
+    result, free = list(shares), set(range(len(shares)))
+    while free:
+        open_ = sparsity * sum(sizes) - sum(sizes[i] for i in range(len(sizes)) if i not in free)
+        now = sum(shares[i] * sizes[i] for i in free)
+        factor = open_ / now if now > 0 else 0.0
+        over = {i for i in free if factor * shares[i] > 1}
+        for i in over or free:
+            result[i] = 1.0 if over else factor * shares[i]
+        if not over:
+            break
+        free -= over
+    return result
+
+
 def prune_to(
     model: ir.Model,
     layers: Sequence[WeightedLayer],
@@ -177,13 +207,14 @@ def prune_to(
     refit: bool = True,
     repair: bool = True,
     ridge: float = RIDGE,
+    trust: float | None = None,
 ) -> None:
     """Prune `layers` in place, each to its sparsity by name, with the calibration data of the model's context."""
     context = Context.of(model)
-    alone = OneShot(model, layers, context.calibration, pattern, importance, refit=False)
+    alone = OneShot(model, layers, context.calibration, pattern, importance, refit)
     masks = {layer.name: alone.mask(layer, sparsities[layer.name]) for layer in layers}
     if refit and context.calibration is not None:
-        for _ in reconstruct(model, masks, context.calibration, pattern.rows, ridge, repair):
+        for _ in reconstruct(model, masks, context.calibration, ridge, trust, repair):
             pass
     else:
         apply_masks(layers, masks, context)

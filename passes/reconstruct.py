@@ -1,20 +1,20 @@
-"""Refit the weights that are left, layer by layer, against the original's outputs on the pruned model's inputs.
+"""Refit the weights that are left, layer by layer in graph order, on the inputs that the pruned model really gives.
 
-A layer with goals y and inputs x (`sparsec.passes.replay`) solves, for every row w with support S,
+A layer with original rows v, inputs x of the pruned model and goals y of the original (`sparsec.passes.replay`) solves,
+for every row w with support S,
 
-    min over w_S, b   E (y - w_S x_S - b)^2 + sum_j r_j (w_j - v_j)^2          r = ridge * E[x_j^2], v the original row
+    min over w_S, b   E (g - w_S x_S - b)^2 + sum_j r_j (w_j - v_j)^2,      g = v x + trust * (y - v x)
 
-whose solution is a linear system with H = cov(x) + diag(r) and T = cov(y, x) + v diag(r):
+r_j = ridge * (E[x_j^2] + mean_k E[x_k^2]) / 2. That is a linear system with H = cov(x) + diag(r), T = cov(g, x) + v diag(r):
 
     w_S = T_S (H_SS)^-1,      b = E y - w E x
 
-The ridge pulls towards the original weights, not towards zero: where the data says nothing, nothing changes. R rows of a
-block row share S and one Cholesky factor. Layers follow in graph order: each sees the inputs that the pruned layers
-before it really give, and repairs what it can, layers that are not pruned themselves included (depthwise, classifier).
-
-Prune and grow: with the exact optimum of S at hand, Z = (H_SS)^-1 and e = T - w H, the error rises by w_j^2 / Z_jj when
-column j leaves S and falls by e_i^2 / (H_ii - H_iS Z H_Si) when i enters. Pairs that gain are swapped, the row is
-solved again, and what did not lower the true error is undone. DSnoT (arXiv:2310.08915) swaps by a first-order measure.
+trust = 0: the layer computes again what it did, with fewer weights, and its mean is that of the original (which is bias
+or BatchNorm correction). trust = 1: it also makes up for the errors of the layers before it, layers that are not pruned
+themselves included. Least squares over few samples makes up for noise, too: a network of 50 layers trusted on 250
+photographs reproduces these to 3e-5 in KL and others worse than before. So `trust` is asked of held-out samples, layer
+by layer: of `TRUSTS` the least that serves one half of the batches as well as any, fitted on the other, both ways.
+Rows of one support share one factorization.
 """
 
 from __future__ import annotations
@@ -27,11 +27,16 @@ import onnx_ir as ir
 
 from sparsec.errors import DataError
 from sparsec.passes.layers import WeightedLayer, weighted_layers
+from sparsec.passes.masks import supports
 from sparsec.passes.replay import Pairs, Replay
 from sparsec.passes.statistics import input_of
 from sparsec.passes_api import Context, Samples
 
 RIDGE = 0.01
+TRUSTS = (0.0, 0.1, 0.25, 0.5, 1.0)
+AS_GOOD = 1.02  # a held-out error within this factor of the least is as good
+SMALL = 32  # inputs up to which every trial is solved exactly
+ROUGH = 20  # iterations of a refit that is only looked at
 ITERATIONS = 60  # of conjugate gradients where factors of every support would cost more
 FLOOR = 1e-6  # of the mean of E[x^2]: keeps H positive definite where an input is always zero
 
@@ -53,16 +58,16 @@ class Problem:
         """The objective of each row, [N]."""
         return self.constant + np.einsum("nk,nk->n", w @ self.h - 2 * self.t, w)
 
-    def refit(self, mask: np.ndarray, height: int = 1) -> np.ndarray:
-        """The optimum on `mask` [N, K]; `height` consecutive rows share their support."""
+    def refit(self, mask: np.ndarray) -> np.ndarray:
+        """The optimum on `mask` [N, K]; neighbouring rows of one support share a factor."""
+        starts = np.flatnonzero(np.r_[True, (mask[1:] != mask[:-1]).any(axis=1)])
         kept = mask.mean() * mask.shape[1]
-        direct = len(mask) / height * (0.7 * kept**3 + height * kept**2)
+        direct = len(starts) * 0.7 * kept**3 + len(mask) * kept**2
         if direct > 2 * ITERATIONS * mask.shape[0] * mask.shape[1] ** 2:
             return self.descend(mask, np.where(mask, self.start, 0), ITERATIONS)
         w = np.zeros(mask.shape)
-        for top in range(0, len(mask), height):
-            rows = slice(top, min(top + height, len(mask)))
-            s = np.flatnonzero(mask[top])
+        for top, bottom in zip(starts, np.r_[starts[1:], len(mask)], strict=True):
+            rows, s = slice(top, bottom), np.flatnonzero(mask[top])
             if s.size:
                 w[rows, s] = np.linalg.solve(self.h[np.ix_(s, s)], self.t[rows][:, s].T).T
         return w
@@ -100,7 +105,9 @@ def damp(h: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
     return damped, r
 
 
-def problems(weight: np.ndarray, pairs: Pairs, centred: bool, ridge: float = RIDGE) -> list[Problem]:
+def problems(
+    weight: np.ndarray, pairs: Pairs, centred: bool, ridge: float = RIDGE, trust: float = 1.0
+) -> list[Problem]:
     """One problem a group. `weight` [OC, IC, KH, KW]: the original's."""
     groups, k = pairs.x.shape
     start = weight.reshape(groups, -1, k).astype(np.float64)
@@ -113,6 +120,14 @@ def problems(weight: np.ndarray, pairs: Pairs, centred: bool, ridge: float = RID
             h = h - np.outer(pairs.x[g], pairs.x[g])
             t -= np.outer(y, pairs.x[g])
             yy -= y * y
+        if trust != 1:
+            own = start[g] @ h
+            yy = (
+                (1 - trust) ** 2 * np.einsum("nk,nk->n", own, start[g])
+                + trust**2 * yy
+                + 2 * trust * (1 - trust) * (np.einsum("nk,nk->n", t, start[g]))
+            )
+            t = own + trust * (t - own)
         h, r = damp(h, ridge)
         t += start[g] * r
         yy += (start[g] ** 2) @ r
@@ -122,25 +137,25 @@ def problems(weight: np.ndarray, pairs: Pairs, centred: bool, ridge: float = RID
 
 @dataclass(frozen=True)
 class Refitted:
-    """What became of a layer. `error`: of its goal's variance, on the calibration data, after refitting; None: not refit."""
+    """What became of a layer. `error`: share of its goal's variance that is missed on the calibration data; None: not refit."""
 
     layer: WeightedLayer = field(repr=False)
-    error: float | None
+    error: float | None = None
+    trust: float | None = None
 
 
 def reconstruct(
     model: ir.Model,
     masks: Mapping[str, np.ndarray],
     calibration: Samples,
-    height: int = 1,
     ridge: float = RIDGE,
+    trust: float | None = None,
     others: bool = True,
 ) -> Iterator[Refitted]:
     """Mask the layers named in `masks` and refit them, in graph order, in place; yields each layer when it is done.
 
-    masks: layer name -> [OC, IC, KH, KW], True where the weight stays; `height` consecutive rows share their support.
-    others: refit the layers between and behind them too; zeros that such a layer has stay zeros. Weights that several
-    nodes read are masked and not refitted.
+    masks: layer name -> [OC, IC, KH, KW], True where the weight stays. others: refit the layers between and behind them
+    too; what was pruned of such a layer stays pruned. Weights that several nodes read are masked and not refitted.
     """
     context = Context.of(model)
     original = ir.from_proto(ir.to_proto(model))
@@ -152,34 +167,64 @@ def reconstruct(
             continue
         context.tell(f"refit {layer.name}", done, len(layers))
         weight = layer.read()
-        chosen = mask if mask is not None else weight != 0
-        error = None
+        chosen = mask if mask is not None else supports(weight, True)
+        result = Refitted(layer)
         if len(layer.weight.uses()) == 1 and input_of(layer).const_value is None:
-            error = _refit(layer, replay, chosen, height if mask is not None else 1, ridge)
+            result = Refitted(layer, *_refit(layer, replay, chosen, ridge, trust))
         elif mask is not None and np.any(weight[~mask] != 0):
             layer.write(np.where(mask, weight, np.zeros((), weight.dtype)))
         replay.changed(layer)
-        yield Refitted(layer, error)
+        yield result
 
 
-def _refit(layer: WeightedLayer, replay: Replay, mask: np.ndarray, height: int, ridge: float) -> float | None:
-    pairs, goal = replay.pairs(layer)
+def _refit(
+    layer: WeightedLayer, replay: Replay, mask: np.ndarray, ridge: float, trust: float | None
+) -> tuple[float, float]:
+    """Write the layer's weight and bias; what `Refitted` says of it."""
+    folds, goal = replay.pairs(layer)
+    pairs = folds[0] + folds[1]
     if not all(np.isfinite(sums).all() for sums in (pairs.xx, pairs.yx, pairs.yy)):
         raise DataError("its activations on the calibration data are not finite", layer.name)
     weight, centred = layer.read(), goal.bias is not None
     groups, k = pairs.x.shape
-    parts = problems(weight, pairs, centred, ridge)
     kept = mask.reshape(groups, -1, k)
-    rows = [part.full() if keep.all() else part.refit(keep, height) for part, keep in zip(parts, kept, strict=True)]
-    error = sum(float(part.error(w).sum()) for part, w in zip(parts, rows, strict=True))
-    refitted = np.stack(rows)
-    layer.write(refitted.reshape(weight.shape).astype(weight.dtype))
-    if goal.bias is not None and goal.bias.const_value is not None:
-        stored = refitted.astype(weight.dtype).astype(np.float64)
-        bias = pairs.y - np.einsum("gnk,gk->gn", stored, pairs.x).reshape(-1)
-        set_constant(goal.bias, bias)
+    if trust is None:
+        trust = held_out_trust(weight, kept, folds, centred, ridge)
+    parts = problems(weight, pairs, centred, ridge, trust)
+    rows = [part.full() if keep.all() else part.refit(keep) for part, keep in zip(parts, kept, strict=True)]
+    refitted = np.stack(rows).astype(weight.dtype)
+    layer.write(refitted.reshape(weight.shape))
+    if goal.bias is not None:
+        set_constant(goal.bias, pairs.y - np.einsum("gnk,gk->gn", refitted.astype(np.float64), pairs.x).reshape(-1))
+    judges = problems(weight, pairs, centred, 0.0)
+    error = sum(float(judge.error(w).sum()) for judge, w in zip(judges, rows, strict=True))
     total = float((pairs.yy - pairs.y**2).sum()) if centred else float(pairs.yy.sum())
-    return error / total if total > 0 else 0.0
+    return (error / total if total > 0 else 0.0), trust
+
+
+def held_out_trust(
+    weight: np.ndarray, kept: np.ndarray, folds: tuple[Pairs, Pairs], centred: bool, ridge: float
+) -> float:
+    """The least of `TRUSTS` that does as well as any on batches it was not fitted on; `kept` [G, OC/G, K]."""
+    if not (folds[0].count and folds[1].count):
+        return TRUSTS[0]
+    errors = np.zeros(len(TRUSTS))
+    for fitted, other in (folds, folds[::-1]):
+        judges = problems(weight, other, centred, 0.0)
+        # The optimum is linear in the goal: two solutions give all.
+        ends = [problems(weight, fitted, centred, ridge, trust) for trust in (0.0, 1.0)]
+        for keep, judge, low, high in zip(kept, judges, *ends, strict=True):
+            first, last = _rough(low, keep), _rough(high, keep)
+            for index, trust in enumerate(TRUSTS):
+                errors[index] += judge.error(first + trust * (last - first)).sum()
+    rounding = 1e-6 * float(folds[0].yy.sum() + folds[1].yy.sum())
+    return TRUSTS[int(np.flatnonzero(errors <= AS_GOOD * max(errors.min(), 0.0) + rounding).min())]
+
+
+def _rough(problem: Problem, keep: np.ndarray) -> np.ndarray:
+    if keep.shape[1] <= SMALL:
+        return problem.refit(keep)
+    return problem.descend(keep, problem.start, ROUGH)
 
 
 def set_constant(value: ir.Value, array: np.ndarray) -> None:

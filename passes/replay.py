@@ -23,13 +23,11 @@ import onnx_ir as ir
 
 from sparsec.passes.layers import WeightedLayer
 from sparsec.passes.segments import Segment, batches
-from sparsec.passes.statistics import columns, input_of
+from sparsec.passes.statistics import columns, input_of, outputs, thinning
 from sparsec.passes_api import Samples
 
 STORE = 3 << 28  # bytes of one cut, both models, all samples
 WALK_BATCH = 8  # samples a call: patches of k x k convolutions are k*k times the activation
-POSITIONS = 1 << 17  # at least so many columns make a layer's moments, and at least `PER_INPUT` for each of its inputs
-PER_INPUT = 128
 
 Batch = dict[str, np.ndarray]
 
@@ -113,20 +111,18 @@ class Pairs:
         self.y += y.sum(axis=1, dtype=np.float64)
         self.count += y.shape[1]
 
+    def __add__(self, other: Pairs) -> Pairs:
+        """Both, as if seen together; of means."""
+        count = self.count + other.count
+        a, b = (p.count / max(count, 1) for p in (self, other))
+        fields = ("xx", "yx", "yy", "x", "y")
+        return Pairs(*(a * getattr(self, f) + b * getattr(other, f) for f in fields), count)
+
     def means(self) -> Pairs:
         """Sums divided by the count, in place."""
         for sums in (self.xx, self.yx, self.yy, self.x, self.y):
             sums /= max(self.count, 1)
         return self
-
-
-def outputs(layer: WeightedLayer, batch: np.ndarray) -> np.ndarray:
-    """A batch [b, *shape] of a layer's outputs as [OC, P], positions in the order of `columns`."""
-    if layer.op == "Conv":
-        y = batch.reshape(-1, *batch.shape[2:])
-        return np.ascontiguousarray(np.moveaxis(y, 1, 0).reshape(y.shape[1], -1))
-    axis = -2 if layer.op == "MatMul" and layer.input_index == 0 else -1
-    return np.ascontiguousarray(np.moveaxis(batch, axis, 0).reshape(batch.shape[axis], -1))
 
 
 class Replay:
@@ -154,19 +150,20 @@ class Replay:
         """Whether anything before the layer has changed."""
         return any(index < self.order[layer.node] for index in self._dirty)
 
-    def pairs(self, layer: WeightedLayer) -> tuple[Pairs, Goal]:
-        """Moments of what the layer reads in the model and what it should give."""
+    def pairs(self, layer: WeightedLayer) -> tuple[tuple[Pairs, Pairs], Goal]:
+        """Moments of what the layer reads in the model and what it should give, of even and of odd batches."""
         cut = self.order[layer.node]
         goal = goal_of(layer, self.order)
         names = [str(n) for n, made in self._first.items() if made < cut and self._last.get(n, -1) >= cut]
         source, value = str(input_of(layer).name), str(goal.value.name)
         known = None if goal.known is None else str(goal.known.name)
-        sums = Pairs.zeros(layer)
-        same = not self.differs(layer)
+        folds = Pairs.zeros(layer), Pairs.zeros(layer)
+        same, step = not self.differs(layer), thinning(layer, self._count)
         keep: list[tuple[Batch, Batch]] | None = []
         used = 0
-        for first, second in self._advance(names, value, same):
-            sums.add(*self._thinned(layer, second[source], first[value], None if known is None else second[known]))
+        for number, (first, second) in enumerate(self._advance(names, value, same)):
+            y = first[value] if known is None else first[value] - second[known]
+            folds[number % 2].add(columns(layer, second[source], step), outputs(layer, y, step))
             if keep is not None:
                 kept = {n: first[n] for n in names}
                 pair = (kept, kept if same else {n: second[n] for n in names})
@@ -174,22 +171,7 @@ class Replay:
                 keep = None if used > self._store else [*keep, pair]
         if keep is not None:
             self._kept, self._starts = keep, names
-        return sums.means(), goal
-
-    def _thinned(
-        self, layer: WeightedLayer, x: np.ndarray, y: np.ndarray, known: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Columns and goals of a batch, every n-th position where a layer has more of them than moments need."""
-        goals = outputs(layer, y if known is None else y - known)
-        enough = max(POSITIONS, PER_INPUT * int(np.prod(layer.shape[1:])))
-        total = goals.shape[1] // len(x) * self._count
-        step = max(1, total // enough)
-        # Odd, so that no column of the plane is preferred.
-        step -= 1 - step % 2
-        unfolded = columns(layer, x)
-        if step == 1:
-            return unfolded, goals
-        return np.ascontiguousarray(unfolded[:, :, ::step]), np.ascontiguousarray(goals[:, ::step])
+        return (folds[0].means(), folds[1].means()), goal
 
     def _advance(self, names: Sequence[str], goal: str, same: bool) -> Iterator[tuple[Batch, Batch]]:
         """Of each batch: the values `names` of both models, and `goal` of the original."""

@@ -24,9 +24,11 @@ import onnx_ir as ir
 from sparsec.errors import UnsupportedError
 from sparsec.passes.layers import WeightedLayer
 from sparsec.passes.segments import BATCH, Segment, batches
-from sparsec.passes_api import Context
+from sparsec.passes_api import Context, Samples
 
 BUDGET = 1 << 29  # bytes of moments gathered in one run over the data
+POSITIONS = 1 << 17  # so many columns make a layer's moments, and at least `PER_INPUT` for each of its inputs
+PER_INPUT = 128
 
 
 class Activations:
@@ -93,22 +95,50 @@ def input_of(layer: WeightedLayer) -> ir.Value:
     return value
 
 
-def columns(layer: WeightedLayer, batch: np.ndarray) -> np.ndarray:
+def thinning(layer: WeightedLayer, samples: int) -> int:
+    """Every how many of its output positions a layer needs: neighbouring pixels of a large plane say the same."""
+    value = layer.node.outputs[0]
+    if value.shape is None or not value.shape.is_static():
+        return 1
+    positions = int(np.prod(value.shape.numpy(), dtype=np.int64)) // layer.shape[0]
+    enough = max(POSITIONS, PER_INPUT * int(np.prod(layer.shape[1:])))
+    return max(1, positions * samples // enough)
+
+
+def columns(layer: WeightedLayer, batch: np.ndarray, step: int = 1) -> np.ndarray:
     """A batch [b, *shape] of a layer's input as the columns that its weight multiplies: [G, K, P] float32.
 
-    P counts the layer's output positions over the batch, in the order of its output (samples first).
+    P counts the layer's output positions over the batch, in the order of its output (samples first). `step`: only every
+    step-th row of output pixels (Conv), or position (Gemm, MatMul).
     """
     x = batch.astype(np.float32, copy=False)
     if layer.op == "Conv":
-        return _patches(layer, x.reshape(-1, *x.shape[2:]))
+        return _patches(layer, x.reshape(-1, *x.shape[2:]), step)
     if layer.op == "MatMul" and layer.input_index == 0:  # A @ x: x is [..., K, N]
-        return np.ascontiguousarray(np.moveaxis(x, -2, 0).reshape(1, x.shape[-2], -1))
+        return np.ascontiguousarray(np.moveaxis(x, -2, 0).reshape(1, x.shape[-2], -1)[:, :, ::step])
     if layer.op == "Gemm" and layer.node.attributes.get_int("transA", 0):
         x = np.swapaxes(x, -1, -2)
-    return np.ascontiguousarray(x.reshape(-1, x.shape[-1]).T)[None]
+    return np.ascontiguousarray(x.reshape(-1, x.shape[-1])[::step].T)[None]
 
 
-def _patches(layer: WeightedLayer, x: np.ndarray) -> np.ndarray:
+def outputs(layer: WeightedLayer, batch: np.ndarray, step: int = 1) -> np.ndarray:
+    """A batch [b, *shape] of a layer's outputs as [OC, P], the positions of `columns`."""
+    if layer.op == "Conv":
+        y = batch.reshape(-1, *batch.shape[2:])
+        y = y[:, :, _rows(y.shape[2], step)]
+        return np.ascontiguousarray(np.moveaxis(y, 1, 0)).reshape(y.shape[1], -1)
+    axis = -2 if layer.op == "MatMul" and layer.input_index == 0 else -1
+    y = np.moveaxis(batch, axis, 0)
+    return np.ascontiguousarray(y.reshape(y.shape[0], -1)[:, ::step])
+
+
+def _rows(count: int, step: int) -> slice:
+    """Every step-th row, from the middle of the first step; at least one."""
+    step = min(step, count)
+    return slice(step // 2, None, step)
+
+
+def _patches(layer: WeightedLayer, x: np.ndarray, step: int) -> np.ndarray:
     dims = x.ndim - 2
     attributes = layer.node.attributes
     kernel = tuple(int(str(d)) for d in layer.tensor.shape)[2:]
@@ -123,6 +153,7 @@ def _patches(layer: WeightedLayer, x: np.ndarray) -> np.ndarray:
     views = np.lib.stride_tricks.sliding_window_view(x, spans, axis=tuple(range(2, 2 + dims)))
     steps = [slice(None, None, s) for s in strides] + [slice(None, None, d) for d in dilations]
     views = views[(slice(None), slice(None), *steps)]  # [B, C, out..., kernel...]
+    views = views[:, :, _rows(views.shape[2], step)]
     order = (1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims))
     k = layer.shape[1] * int(np.prod(kernel))
     return np.ascontiguousarray(views.transpose(order)).reshape(layer.groups, k, -1)
@@ -137,7 +168,7 @@ def moment_bytes(layer: WeightedLayer) -> int:
 def gather(
     model: ir.Model,
     layers: Sequence[WeightedLayer],
-    calibration: Iterable[Mapping[str, np.ndarray]],
+    calibration: Samples,
     budget: int = BUDGET,
     batch: int = BATCH,
 ) -> Iterator[tuple[WeightedLayer, Statistics]]:
@@ -155,7 +186,7 @@ def gather(
         names = [str(input_of(layer).name) for layer in chosen]
         for values in Activations(model).stream(names, calibration, batch):
             for layer, name, sums in zip(chosen, names, moments, strict=True):
-                sums.add(columns(layer, values[name]))
+                sums.add(columns(layer, values[name], thinning(layer, len(calibration))))
             context.tell(f"activations of {chosen[0].name}", done, len(layers))
         while chosen:
             layer, sums = chosen.pop(0), moments.pop(0)

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from sparsec.errors import RecipeError
 from sparsec.passes import Prune
+from sparsec.passes.fold_constants import quiet_session
 from sparsec.passes.layers import as_layer, block_sums, select_layers, weighted_layers
-from sparsec.passes.masks import n_of_m_mask
+from sparsec.passes.masks import Pattern, n_of_m_mask
+from sparsec.passes.prune import prune_to
 from sparsec.passes_api import Context
 
 RNG = np.random.default_rng(3)
@@ -284,3 +286,136 @@ BAD = {
 def test_bad_options(options, text: str) -> None:
     with pytest.raises(RecipeError, match=text):
         Prune(**options)
+
+
+# ---- with calibration data
+
+RESIDUAL = """g (float[1,3,8,8] x) => (float[1,10] y) {
+    a = Conv<pads = [1, 1, 1, 1]>(x, first, b0)
+    r = Relu(a)
+    c = Conv(r, wide, b1)
+    t = Relu(c)
+    d = Conv<group = 24, pads = [1, 1, 1, 1]>(t, depthwise, b2)
+    e = Conv(d, narrow, b3)
+    s = Add(e, r)
+    p = GlobalAveragePool(s)
+    f = Flatten(p)
+    y = Gemm(f, last)
+}"""
+
+
+def residual(model, zeros: str = "") -> ir.Model:
+    rng = np.random.default_rng(17)
+    shapes = {"first": (8, 3, 3, 3), "b0": (8,), "wide": (24, 8, 1, 1), "b1": (24,), "depthwise": (24, 1, 3, 3)}
+    shapes |= {"b2": (24,), "narrow": (8, 24, 1, 1), "b3": (8,), "last": (8, 10)}
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) / 2 for name, shape in shapes.items()}
+    for name in filter(None, zeros.split()):
+        arrays[name][rng.random(arrays[name].shape) < 0.4] = 0
+    return model(RESIDUAL, **arrays)
+
+
+def photos(count: int = 32, seed: int = 1) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    coarse = rng.standard_normal((count, 3, 4, 4)).repeat(2, axis=2).repeat(2, axis=3)
+    return {"x": (coarse + 0.3 * rng.standard_normal((count, 3, 8, 8))).astype(np.float32)}
+
+
+def calibrated(made: ir.Model, step: Prune, data: dict[str, np.ndarray] | None = None) -> tuple[bool, Context]:
+    context = Context(calibration=photos() if data is None else data)
+    made.meta["sparsec"] = context
+    return step(made).modified, context
+
+
+def distance(made: ir.Model, reference: ir.Model) -> float:
+    fresh = photos(40, seed=2)["x"]
+    sessions = [quiet_session(ir.to_proto(m).SerializeToString()) for m in (made, reference)]
+    y, z = (np.concatenate([s.run(None, {"x": x[None]})[0] for x in fresh]) for s in sessions)
+    return float(np.square(y - z).mean())
+
+
+@pytest.mark.parametrize("options", [{"sparsity": 0.5, "block": "4x1"}, {"sparsity": 0.6}, {"nm": "2:4"}], ids=str)
+def test_each_part_brings_the_outputs_closer_to_the_original(model, options) -> None:
+    reference, errors = residual(model), {}
+    ways = {
+        "none": {"importance": "magnitude", "allocation": "uniform", "refit": "none"},
+        "layer": {"allocation": "uniform", "refit": "layer"},
+        "network": {"allocation": "uniform"},
+        "all": {},
+    }
+    for name, way in ways.items():
+        made = residual(model)
+        modified, context = calibrated(made, Prune(**options, **way))
+        assert modified
+        layers = select_layers(made).layers
+        share = zero_share([layer.read() for layer in layers])
+        assert share == pytest.approx(options.get("sparsity", 0.5), abs=0.02)
+        if "block" in options:
+            for layer in layers:
+                alive = block_sums((layer.read() != 0).astype(int), 4, 1)
+                assert set(np.unique(alive)) <= {0, 4}
+        errors[name] = distance(made, reference)
+        assert [r["layer"] for r in context.records if "layer" in r] == [layer.name for layer in layers]
+    assert errors["network"] < errors["layer"] < 0.6 * errors["none"]
+    assert errors["all"] < 1.2 * errors["network"]
+
+
+def test_repair_refits_layers_that_are_not_pruned(model) -> None:
+    reference, both = residual(model), {}
+    for repair in (True, False):
+        made = residual(model)
+        calibrated(made, Prune(sparsity=0.5, repair=repair))
+        before, after = weights(reference), weights(made)
+        assert np.array_equal(before["Conv_4"], after["Conv_4"]) is not repair
+        assert np.array_equal(before["Gemm_9"], after["Gemm_9"]) is not repair
+        assert np.array_equal(before["Conv_0"], after["Conv_0"])
+        both[repair] = distance(made, reference)
+    assert both[True] < both[False]
+
+
+@pytest.mark.parametrize("options", [{"sparsity": 0.5, "block": "4x1"}, {"sparsity": 0.3}, {"nm": "2:4"}], ids=str)
+def test_a_second_run_with_calibration_changes_nothing(model, options) -> None:
+    made = residual(model)
+    assert calibrated(made, Prune(**options))[0]
+    before = ir.to_proto(made).SerializeToString(deterministic=True)
+    assert not calibrated(made, Prune(**options))[0]
+    made.meta.clear()
+    assert ir.to_proto(made).SerializeToString(deterministic=True) == before
+
+
+def test_the_same_data_give_the_same_bytes(model) -> None:
+    made = [residual(model) for _ in range(2)]
+    for one in made:
+        calibrated(one, Prune(sparsity=0.5))
+        one.meta.clear()
+    first, second = (ir.to_proto(one).SerializeToString(deterministic=True) for one in made)
+    assert first == second
+
+
+def test_zeros_of_a_pruned_model_stay_and_accidental_ones_do_not_count(model) -> None:
+    made = residual(model, zeros="wide narrow")
+    before = weights(made)
+    calibrated(made, Prune(sparsity=0.6))
+    for name in ("Conv_2", "Conv_5"):
+        assert not weights(made)[name][before[name] == 0].any()
+    share = zero_share([weights(made)[name] for name in ("Conv_2", "Conv_5")])
+    assert share == pytest.approx(0.6, abs=0.01)
+
+
+def test_without_calibration_only_masks(model) -> None:
+    made, reference = residual(model), residual(model)
+    assert Prune(sparsity=0.5, block="4x1")(made).modified
+    for name, array in weights(made).items():
+        original = weights(reference)[name]
+        np.testing.assert_array_equal(array[array != 0], original[array != 0])
+    with pytest.raises(RecipeError, match="importance=second-order looks at activations and needs --calibration"):
+        Prune(importance="second-order")(reference)
+    with pytest.raises(RecipeError, match="allocation=sensitivity measures damage and needs --calibration"):
+        Prune(allocation="sensitivity")(reference)
+
+
+def test_sparsities_by_layer(model) -> None:
+    made = residual(model)
+    made.meta["sparsec"] = Context(calibration=photos())
+    layers = select_layers(made).layers
+    prune_to(made, layers, {"Conv_2": 0.25, "Conv_5": 0.75}, Pattern.parse("4x1"))
+    assert [zero_share([layer.read()]) for layer in layers] == [0.25, 0.75]

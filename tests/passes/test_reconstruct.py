@@ -6,7 +6,7 @@ import pytest
 
 from sparsec.passes.fold_constants import quiet_session
 from sparsec.passes.layers import weighted_layers
-from sparsec.passes.reconstruct import problems, reconstruct
+from sparsec.passes.reconstruct import TRUSTS, held_out_trust, problems, reconstruct
 from sparsec.passes.replay import Pairs, Replay, goal_of
 from sparsec.passes_api import Stacked
 
@@ -78,7 +78,8 @@ def test_moments_of_the_walk_are_those_of_both_models(model, store: int) -> None
     replay = Replay(original, changed, samples(), store)
     found = {}
     for layer in weighted_layers(changed):
-        found[layer.name], _ = replay.pairs(layer)
+        folds, _ = replay.pairs(layer)
+        found[layer.name] = folds[0] + folds[1]
         layer.write(layer.read() * np.float32(0.9))
         replay.changed(layer)
 
@@ -138,7 +139,10 @@ def test_rows_of_a_block_are_solved_together_as_they_are_alone() -> None:
     w, pairs, *_ = random_pairs(7, 12)
     (problem,) = problems(w, pairs, centred=True)
     mask = np.repeat(np.random.default_rng(5).random((2, 12)) < 0.5, 4, axis=0)[:7]
-    np.testing.assert_allclose(problem.refit(mask, 4), problem.refit(mask, 1), atol=1e-9)
+    rows = [np.linalg.solve(problem.h[np.ix_(m, m)], problem.t[i, m]) for i, m in enumerate(mask)]
+    found = problem.refit(mask)
+    for i, row in enumerate(rows):
+        np.testing.assert_allclose(found[i, mask[i]], row, atol=1e-9)
 
 
 def test_the_ridge_pulls_to_the_original_weights() -> None:
@@ -160,7 +164,7 @@ def test_reconstruction_keeps_masks_and_comes_closer_to_the_original(model) -> N
     done = list(reconstruct(refitted, masks, samples()))
     list(reconstruct(pruned_only, masks, samples(), others=False))
     assert [r.layer.name for r in done] == ["Conv_2", "Conv_4", "Conv_5", "MatMul_9"]
-    assert all(r.error is not None and 0 <= r.error < 1 for r in done)
+    assert all(r.error is not None and 0 <= r.error < 1.5 and r.trust in TRUSTS for r in done)
     for made in (refitted, pruned_only):
         for name, mask in masks.items():
             assert not by_name(made)[name].read()[~mask].any()
@@ -194,3 +198,32 @@ def test_tied_weights_are_masked_and_not_refitted(model) -> None:
     before = next(weighted_layers(made)).read().copy()
     list(reconstruct(made, {"Conv_0": mask}, Stacked({"x": f32(8, 4, 5, 5)}), others=False))
     np.testing.assert_array_equal(next(weighted_layers(made)).read(), np.where(mask, before, 0))
+
+
+def test_trust_moves_the_goal_from_the_own_product_to_the_original() -> None:
+    w, pairs, *_ = random_pairs(4, 10)
+    pairs.yx *= 2  # the original gave twice of what the layer gives now
+    own = w[:, :, 0, 0]
+    mask = np.ones((4, 10), bool)
+    for trust in (0.0, 0.3, 1.0):
+        (problem,) = problems(w, pairs, centred=False, ridge=1e-9, trust=trust)
+        goal = own @ pairs.xx[0] + trust * (pairs.yx[0] - own @ pairs.xx[0])
+        expected = np.linalg.solve(pairs.xx[0], goal.T).T
+        np.testing.assert_allclose(problem.refit(mask), expected, atol=1e-4)
+
+
+def test_held_out_samples_decide_how_much_is_trusted() -> None:
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((8, 20, 1, 1))
+
+    def fold(count: int, signal: float, noise: float) -> Pairs:
+        x = rng.standard_normal((20, count))
+        y = (w[:, :, 0, 0] * (1 + signal)) @ x + noise * rng.standard_normal((8, count))
+        found = Pairs((x @ x.T)[None], (y @ x.T)[None], (y * y).sum(axis=1), x.sum(axis=1)[None], y.sum(axis=1), count)
+        return found.means()
+
+    kept = np.ones((1, 8, 20), bool)
+    systematic = held_out_trust(w, kept, (fold(500, 0.5, 0.1), fold(500, 0.5, 0.1)), True, 1e-3)
+    only_noise = held_out_trust(w, kept, (fold(30, 0.0, 5.0), fold(30, 0.0, 5.0)), True, 1e-3)
+    assert systematic == 1.0
+    assert only_noise == 0.0

@@ -8,7 +8,7 @@ from sparsec.errors import ModelError
 from sparsec.passes.fold_constants import quiet_session
 from sparsec.passes.layers import weighted_layers
 from sparsec.passes.segments import Segment, batches
-from sparsec.passes.statistics import Activations, columns, gather
+from sparsec.passes.statistics import Activations, columns, gather, outputs, thinning
 from sparsec.passes_api import META_KEY, Context, Stacked
 
 RNG = np.random.default_rng(8)
@@ -37,12 +37,14 @@ def test_weight_times_columns_is_the_output(model, text: str, x: tuple[int, ...]
     (layer,) = weighted_layers(made)
     samples = Stacked({"x": f32(3, *x[1:])}) if x[0] == 1 else [{"x": f32(*x)} for _ in range(3)]
     (values,) = Activations(made).stream(["a", "y"], samples)
-    unfolded = columns(layer, values["a"])
-    weight = layer.read().reshape(layer.groups, -1, unfolded.shape[1])
-    product = np.matmul(weight, unfolded).reshape(layer.shape[0], -1)
+    for step in (1, 2, 3, 100):
+        unfolded = columns(layer, values["a"], step)
+        weight = layer.read().reshape(layer.groups, -1, unfolded.shape[1])
+        product = np.matmul(weight, unfolded).reshape(layer.shape[0], -1)
+        np.testing.assert_allclose(product, outputs(layer, values["y"], step), atol=1e-4)
     channel = {"Conv": 2, "Gemm": 2, "MatMul": 3 if layer.input_index else 2}[layer.op]
     expected = np.moveaxis(values["y"], channel, 0).reshape(layer.shape[0], -1)
-    np.testing.assert_allclose(product, expected, atol=1e-4)
+    np.testing.assert_array_equal(outputs(layer, values["y"]), expected)
 
 
 @pytest.mark.parametrize("size", [1, 2, 16])
@@ -99,3 +101,17 @@ def test_a_segment_starts_anywhere(model) -> None:
         Segment(made, ["b"], ["y"])
     with pytest.raises(ModelError, match=r"value 'nowhere': is no value of the model's graph"):
         Segment(made, ["nowhere"], ["y"])
+
+
+def test_thinning_leaves_enough_positions(model, monkeypatch) -> None:
+    made = model("g (float[1,2,32,32] x) => (float[1,4,32,32] y) { a = Relu(x) y = Conv(a, w) }", w=f32(4, 2, 1, 1))
+    (layer,) = weighted_layers(made)
+    assert thinning(layer, 16) == 1
+    monkeypatch.setattr("sparsec.passes.statistics.POSITIONS", 2048)
+    assert thinning(layer, 16) == 8
+    data = Stacked({"x": f32(16, 2, 32, 32)})
+    ((_, thin),) = gather(made, [layer], data)
+    assert thin.count == 2048
+    monkeypatch.undo()
+    ((_, full),) = gather(made, [layer], data)
+    np.testing.assert_allclose(thin.gram, full.gram, atol=0.1)

@@ -1,0 +1,251 @@
+"""Prune real classifiers with calibration data only and measure what is left of their accuracy, and what each part gives.
+
+Every figure is paired with the dense model on the same samples, which calibration never saw: drop of top-1 in points,
+KL of the outputs, agreement of the top class, samples that turned right or wrong. Labels are used for top-1 only.
+Each cell runs in a process of its own (its peak memory is reported) and is written at once; cells that the JSON holds
+are not run again. Data from the folder that SPARSEC_DATA names.
+
+    SPARSEC_DATA=... python tools/prune_table.py --out docs/benchmarks/pruning
+    SPARSEC_DATA=... python tools/prune_table.py --model mobilenetv2 --variant "30% 4x1" --ablations
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MEAN, STD = "0.485+0.456+0.406", "0.229+0.224+0.225"
+PHOTOGRAPHS = f"resize=232,crop=224,scale=255,mean={MEAN},std={STD}"
+FILES = {
+    "mobilenetv2": "mobilenetv2_torchvision.onnx",
+    "squeezenet1.1": "squeezenet1.1.onnx",
+    "resnet20": "resnet20_cifar10.onnx",
+    "kwt1": "kwt1_speech_commands.onnx",
+    "dscnn": "dscnn_kws_mlperf_tiny.onnx",
+}
+VARIANTS = {
+    "30% 4x1": "sparsity=0.3,block=4x1",
+    "50% 4x1": "sparsity=0.5,block=4x1",
+    "50% 1x1": "sparsity=0.5",
+    "2:4": "nm=2:4",
+    "70% 1x1": "sparsity=0.7",
+}
+ROWS = {"mobilenetv2": tuple(VARIANTS), **{name: ("50% 4x1", "70% 1x1") for name in FILES if name != "mobilenetv2"}}
+ABLATIONS = {
+    "all": "",
+    "importance=magnitude": "importance=magnitude",
+    "importance=activation": "importance=activation",
+    "allocation=uniform": "allocation=uniform",
+    "refit=layer": "refit=layer",
+    "refit=none": "refit=none",
+    "repair=false": "repair=false",
+    "no calibration": "none",
+}
+KWT_ORDER = ["silence", "unknown", "yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go"]
+Arrays = tuple[np.ndarray, np.ndarray]  # samples [N, ...] without a batch axis, labels [N]
+
+
+def photographs(folder: Path) -> tuple[Arrays, Arrays]:
+    """Classes divisible by 4 to calibrate, the others to measure."""
+    from sparsec.data import Images
+
+    images = Images.parse(folder / "images/imagenet", PHOTOGRAPHS)
+    files = images.files()
+    labels = np.array([int(path.name.split("_")[0]) for path in files])
+    x = np.stack([images.load(path) for path in files])
+    return (x[labels % 4 == 0], labels[labels % 4 == 0]), (x[labels % 4 != 0], labels[labels % 4 != 0])
+
+
+def cifar(folder: Path) -> tuple[Arrays, Arrays]:
+    """500 training images to calibrate, the 2000 test images to measure."""
+    mean, std = (np.array([float(v) for v in text.split("+")], np.float32) for text in (MEAN, STD))
+
+    def read(name: str, step: int) -> Arrays:
+        with np.load(folder / "cifar10" / name, allow_pickle=False) as archive:
+            x = (archive["x"][::step] / np.float32(255) - mean) / std
+            return x.transpose(0, 3, 1, 2).astype(np.float32), archive["y"][::step].astype(int)
+
+    return read("cifar10_train_2000.npz", 4), read("cifar10_test_2000.npz", 1)
+
+
+def speech(folder: Path) -> tuple[Arrays, Arrays]:
+    """Every other clip to calibrate, the rest to measure."""
+    with np.load(folder / "audio/speech_commands_408.npz", allow_pickle=False) as archive:
+        x = archive["x"].astype(np.float32) / 32768
+        names = [str(name) for name in archive["labels"]]
+        y = np.array([KWT_ORDER.index(names[label]) for label in archive["y"]])
+    return (x[::2], y[::2]), (x[1::2], y[1::2])
+
+
+def keywords(folder: Path) -> tuple[Arrays, Arrays]:
+    """Every other recording to calibrate, the rest to measure."""
+    with np.load(folder / "audio/kws_mfcc_500.npz", allow_pickle=False) as archive:
+        x = (archive["x"].astype(np.float32) - np.float32(archive["zero_point"])) * np.float32(archive["scale"])
+        y = archive["y"].astype(int)
+    return (x[::2], y[::2]), (x[1::2], y[1::2])
+
+
+DATA = {"mobilenetv2": photographs, "squeezenet1.1": photographs, "resnet20": cifar, "kwt1": speech, "dscnn": keywords}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: `passes` after another on `model`."""
+
+    model: str
+    variant: str
+    ablation: str
+    passes: tuple[str, ...]
+    threads: int
+
+
+def logits(model: Any, x: np.ndarray) -> np.ndarray:
+    """The model's first output for each sample, [N, classes]."""
+    from sparsec.passes.segments import Segment, batches
+
+    name, result = str(model.graph.inputs[0].name), str(model.graph.outputs[0].name)
+    segment = Segment(model, None, [result])
+    parts = [segment.run(batch)[result] for batch in batches({name: sample[None]} for sample in x)]
+    return np.concatenate(parts).reshape(len(x), -1)
+
+
+def log_softmax(y: np.ndarray) -> np.ndarray:
+    """Log probabilities of logits; of probabilities their logarithm."""
+    if (y >= 0).all() and np.allclose(y.sum(axis=1), 1, atol=1e-3):
+        return np.log(np.maximum(y, 1e-12))
+    y = y - y.max(axis=1, keepdims=True)
+    return y - np.log(np.exp(y).sum(axis=1, keepdims=True))
+
+
+def measure(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Prune and compare with the dense model."""
+    import sparsec
+    from sparsec.loading import load_model
+    from sparsec.passes.layers import select_layers
+
+    calibration, held = DATA[cell.model](folder)
+    dense = load_model(folder / "models" / FILES[cell.model])
+    name = str(dense.graph.inputs[0].name)
+    start = time.perf_counter()
+    data = None if cell.ablation == "no calibration" else {name: calibration[0]}
+    pruned = sparsec.rewrite(dense, passes=list(cell.passes), calibration=data)
+    seconds = time.perf_counter() - start
+    layers = select_layers(pruned).layers
+    zeros = sum(layer.size - int(np.count_nonzero(layer.read())) for layer in layers)
+    x, y = held
+    before, after = logits(dense, x), logits(pruned, x)
+    a, b = log_softmax(before), log_softmax(after)
+    first, second = before.argmax(axis=1), after.argmax(axis=1)
+    return {
+        **asdict(cell),
+        "samples": len(x),
+        "calibration": len(calibration[0]),
+        "zeros": zeros / sum(layer.size for layer in layers),
+        "dense_top1": 100 * float((first == y).mean()),
+        "top1": 100 * float((second == y).mean()),
+        "drop": 100 * float((first == y).mean() - (second == y).mean()),
+        "kl": float((np.exp(a) * (a - b)).sum(axis=1).mean()),
+        "agreement": 100 * float((first == second).mean()),
+        "turned_wrong": int(((first == y) & (second != y)).sum()),
+        "turned_right": int(((first != y) & (second == y)).sum()),
+        "seconds": seconds,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def cells(arguments: argparse.Namespace) -> Iterable[Cell]:
+    """What is to be measured, in order."""
+    before = tuple(arguments.before)
+    for model in arguments.model or FILES:
+        for variant in arguments.variant or ROWS[model]:
+            for ablation, options in ABLATIONS.items() if arguments.ablations else {"all": ""}.items():
+                spec = VARIANTS[variant] + (f",{options}" if options and options != "none" else "")
+                label = ablation if not before else f"{ablation}, after {' '.join(before)}"
+                if variant == "2:4" and ablation == "allocation=uniform":
+                    continue  # N:M fixes every layer's share
+                yield Cell(model, variant, label, (*before, f"prune:{spec}"), arguments.threads)
+
+
+def run(cell: Cell) -> dict[str, Any]:
+    """`measure` in a process of its own."""
+    environment = {**os.environ, **dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), str(cell.threads))}
+    command = [sys.executable, __file__, "--cell", json.dumps(asdict(cell))]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode:
+        sys.exit(f"{cell.model} {cell.variant} {cell.ablation}: {result.stderr.strip()[-2000:]}")
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+HEADS = (
+    "model",
+    "variant",
+    "parts",
+    "zeros",
+    "dense",
+    "top-1",
+    "drop",
+    "KL",
+    "agreement",
+    "wrong / right",
+    "seconds",
+    "MiB",
+)
+
+
+def table(results: Iterable[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| " + " | ".join(HEADS) + " |", "|" + " --- |" * len(HEADS)]
+    for r in results:
+        fields = (
+            r["model"], r["variant"], r["ablation"], f"{100 * r['zeros']:.1f}%", f"{r['dense_top1']:.1f}",
+            f"{r['top1']:.1f}", f"{r['drop']:.1f}", f"{r['kl']:.3f}", f"{r['agreement']:.1f}",
+            f"{r['turned_wrong']} / {r['turned_right']}", f"{r['seconds']:.0f}", f"{r['peak_mib']:.0f}",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(fields) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure what is missing and write both files after every cell."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", choices=FILES)
+    parser.add_argument("--variant", action="append", choices=VARIANTS)
+    parser.add_argument("--ablations", action="store_true", help="also with each part switched off alone")
+    parser.add_argument("--before", action="append", default=[], metavar="SPEC", help="a pass before prune")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("pruning"), help="OUT.json and OUT.md")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if "SPARSEC_DATA" not in os.environ:
+        sys.exit("SPARSEC_DATA names no folder of models and data")
+    folder = Path(os.environ["SPARSEC_DATA"])
+    if arguments.cell:
+        given = json.loads(arguments.cell)
+        print(json.dumps(measure(Cell(**{**given, "passes": tuple(given["passes"])}), folder)))
+        return
+    document, report = arguments.out.with_suffix(".json"), arguments.out.with_suffix(".md")
+    results: list[dict[str, Any]] = json.loads(document.read_text()) if document.exists() else []
+    for cell in cells(arguments):
+        if any((r["model"], r["variant"], r["ablation"]) == (cell.model, cell.variant, cell.ablation) for r in results):
+            continue
+        print(f"{cell.model} {cell.variant} {cell.ablation}", file=sys.stderr, flush=True)
+        results.append(run(cell))
+        document.write_text(json.dumps(results, indent=1) + "\n")
+        text = "# Pruning with calibration data only\n\nMade by `tools/prune_table.py`, which says what is measured how.\n\n"
+        report.write_text(text + table(results))
+        print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
