@@ -158,13 +158,18 @@ def rewrite(
     plugins: Sequence[str | _os.PathLike[str]] = (),
     dump: str | _os.PathLike[str] | None = None,
     preprocess: str | None = None,
+    records: list[dict[str, Any]] | None = None,
     progress: Progress | None = None,
 ) -> ir.Model:
-    """Only load and rewrite: the model after its passes, a valid standard ONNX model. Arguments as for `compile`."""
+    """Only load and rewrite: the model after its passes, a valid standard ONNX model. Arguments as for `compile`.
+
+    records: a list to which one JSON-able record a pass is added.
+    """
     say = progress or (lambda text: None)
-    return _rewrite(
-        model, passes, _recipe(recipe), calibration, shapes, bind, plugins, dump, preprocess, say, None
-    ).model
+    done = _rewrite(model, passes, _recipe(recipe), calibration, shapes, bind, plugins, dump, preprocess, say, None)
+    if records is not None:
+        records += done.records
+    return done.model
 
 
 def _recipe(recipe: Any) -> Recipe:

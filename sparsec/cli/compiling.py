@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparsec.cli.curves import budget_table, show_fronts, show_points
 from sparsec.cli.options import MACHINE, REPORT, REWRITE, SHAPES, Fixed, Machine, Rewriting
 from sparsec.terminal import note, print_json, progress, stdout
 
@@ -28,21 +29,32 @@ if TYPE_CHECKING:
 )
 @click.option("--embed-weights", is_flag=True, help="Put the weights into the code instead of weights.bin.")
 @click.option("--tuning", metavar="FILE", help="Measured choices, of `sparsec tune`, before predicted ones.")
+@click.option(
+    "--budget", metavar="PROMISE", help="accuracy=1% or speedup=2x: choose the pruning (needs --calibration)."
+)
+@click.option("--budget-data", metavar="DATA", help="Measures the drop, instead of a part of the calibration data.")
 @REPORT
 def compile_verb(
     model: str, machine: Machine, output: str, overwrite: bool, rewriting: Rewriting, fixed: Fixed, threads: int,
-    embed_weights: bool, tuning: str | None, as_json: bool, verbose: bool,
+    embed_weights: bool, tuning: str | None, budget: str | None, budget_data: str | None, as_json: bool, verbose: bool,
 ) -> None:  # fmt: skip
     """An ONNX model into an artifact for one target."""
     _early(model, output, overwrite, machine)
+    from sparsec.budget import BudgetMissed
     from sparsec.compiler import compile
 
     start = time.perf_counter()
-    with progress() as say:
-        artifact = compile(
-            model, **machine.arguments, **rewriting.arguments, **fixed.arguments, output=output, overwrite=overwrite,
-            threads=threads, embed_weights=embed_weights, tuning=tuning, progress=say,
-        )  # fmt: skip
+    try:
+        with progress() as say:
+            artifact = compile(
+                model, **machine.arguments, **rewriting.arguments, **fixed.arguments, output=output,
+                overwrite=overwrite, threads=threads, embed_weights=embed_weights, tuning=tuning, budget=budget,
+                budget_data=budget_data, progress=say,
+            )  # fmt: skip
+    except BudgetMissed as missed:
+        show_points(missed.points)
+        raise
+    show_fronts(artifact.manifest["passes"])
     seconds = time.perf_counter() - start
     for text in artifact.manifest["notes"]:
         note(text)
@@ -64,6 +76,7 @@ def _early(model: str, output: str, overwrite: bool, machine: Machine) -> None:
 
 def _compiled_json(artifact: Artifact, seconds: float) -> dict[str, Any]:
     manifest = artifact.manifest
+    budgets = [record["budget"] for record in manifest["passes"] if "budget" in record]
     return {
         "artifact": str(artifact.path),
         "target": manifest["target"]["name"],
@@ -75,6 +88,7 @@ def _compiled_json(artifact: Artifact, seconds: float) -> dict[str, Any]:
         "parity": _parity_json(manifest),
         "notes": manifest["notes"],
         "seconds": round(seconds, 3),
+        **({"budget": budgets[0]} if budgets else {}),
     }
 
 
@@ -99,6 +113,14 @@ def _print_compiled(artifact: Artifact, seconds: float, verbose: bool) -> None:
         f"  {totals['layers']} layers, {100 * totals['zeros']:.1f}% of the weights are zero;"
         f" {size['weights']:,} B weights + {size['code']:,} B code (floats were {totals['raw_bytes']:,} B)"
     )
+    for record in artifact.manifest["passes"]:
+        if "budget" in record:
+            found, chosen = record["budget"], record["budget"]["chosen"]
+            click.echo(
+                f"  holds {found['budget']}: {chosen['block']} blocks, {100 * chosen['zeros']:.1f}% zero, drop"
+                f" {100 * chosen['drop']:.2f}% on {found['samples']} samples, {chosen['speedup']:.2f}x predicted"
+            )
+            stdout().print(budget_table(found))
     parity = _parity_json(artifact.manifest)
     if parity is not None:
         error, allowed = parity["max_relative_error"], parity["tolerance"]
@@ -123,8 +145,10 @@ def rewrite_verb(
         from sparsec.compiler import rewrite
         from sparsec.loading import model_bytes
 
+        records: list[dict[str, Any]] = []
         with progress() as say:
-            result = rewrite(model, **rewriting.arguments, **fixed.arguments, progress=say)
+            result = rewrite(model, **rewriting.arguments, **fixed.arguments, records=records, progress=say)
+        show_fronts(records)
         data = model_bytes(result)
         stage.write_bytes(data)
     from sparsec.inspection import weight_counts
