@@ -7,6 +7,7 @@ from sparsec.passes.fold_batch_norm import FoldBatchNorm
 from sparsec.passes.fold_constants import FoldConstants
 from sparsec.passes.fuse_layer_norm import FuseLayerNorm
 from sparsec.passes.prune import Prune
+from sparsec.passes.prune_channels import PruneChannels
 from sparsec.passes.rearrange import Rearrange
 from sparsec.passes.recover import Recover
 from sparsec.passes.remove_no_ops import RemoveNoOps
@@ -19,6 +20,7 @@ BUILT_IN: tuple[type[Pass], ...] = (
     ExplicitPads,
     FoldBatchNorm,
     FuseLayerNorm,
+    PruneChannels,
     Rearrange,
     Prune,
     Recover,
@@ -31,6 +33,7 @@ __all__ = [
     "FoldConstants",
     "FuseLayerNorm",
     "Prune",
+    "PruneChannels",
     "Rearrange",
     "Recover",
     "RemoveNoOps",

@@ -38,8 +38,16 @@ def _pointwise(ties: Ties, node: ir.Node) -> set[int]:
 # ---- layers with weights
 
 
+def _weight(ties: Ties, node: ir.Node) -> ir.Value:
+    """Input 1. What is cut must be zero in the masked twin, so a computed weight is not cut."""
+    value = node.inputs[1]
+    if value is None or (ties.cut and constant(value) is None):
+        raise Unknown("its weight is not constant")
+    return value
+
+
 def _conv(ties: Ties, node: ir.Node) -> set[int]:
-    x, w, y = node.inputs[0], node.inputs[1], node.outputs[0]
+    x, w, y = node.inputs[0], _weight(ties, node), node.outputs[0]
     rows, columns = shape_of(w)[:2]
     groups = node.attributes.get_int("group", 1)
     ties.tie(ties.axis(x, 0), ties.axis(y, 0))
@@ -68,6 +76,7 @@ def _conv_groups(ties: Ties, node: ir.Node, groups: int) -> None:
     source, out, per = ties.axis(x, 1).atoms.reshape(groups, columns), ties.axis(w, 0).atoms, rows // groups
     if ties.cut:  # every group loses the same channels, so that groups stay equally large
         column = ties.axis(w, 1)
+        ties.use(node, 1, "column", column)
         for g in range(groups):
             ties.tie(source[g], column)
             ties.tie(out[g * per : (g + 1) * per], out[:per])
@@ -96,7 +105,7 @@ def _row_parameters(ties: Ties, node: ir.Node, indices: tuple[int, ...], y: ir.V
 
 
 def _conv_transpose(ties: Ties, node: ir.Node) -> set[int]:
-    x, w, y = node.inputs[0], node.inputs[1], node.outputs[0]
+    x, w, y = node.inputs[0], _weight(ties, node), node.outputs[0]
     groups, (rows, columns) = node.attributes.get_int("group", 1), shape_of(w)[:2]
     ties.tie(ties.axis(x, 0), ties.axis(y, 0))
     _pin_space(ties, node, x, w, y)
@@ -154,13 +163,14 @@ def _matmul(ties: Ties, node: ir.Node) -> set[int]:
 
 def _recurrent(ties: Ties, node: ir.Node, gates: int) -> set[int]:
     """Only the input's features; the state stays as it is."""
-    ties.tie(ties.axis(node.inputs[0], 2), ties.axis(node.inputs[1], 2))
-    ties.use(node, 1, "column", ties.axis(node.inputs[1], 2))
+    w = _weight(ties, node)
+    ties.tie(ties.axis(node.inputs[0], 2), ties.axis(w, 2))
+    ties.use(node, 1, "column", ties.axis(w, 2))
     what = f"{node.op_type} {node.name!r}"
     ties.pin(node.inputs[0], f"{what} runs along it", 0)
     ties.pin(node.inputs[0], f"{what} runs along it", 1)
-    ties.pin(node.inputs[1], f"{what}: a state of {gates} gates", 0)
-    ties.pin(node.inputs[1], f"{what}: a state of {gates} gates", 1)
+    ties.pin(w, f"{what}: a state of {gates} gates", 0)
+    ties.pin(w, f"{what}: a state of {gates} gates", 1)
     for y in node.outputs:
         ties.pin(y if y.name else None, f"{what}: a state")
     return {0, 1}
@@ -341,6 +351,7 @@ def _concat(ties: Ties, node: ir.Node) -> set[int]:
 
 
 def _split(ties: Ties, node: ir.Node) -> set[int]:
+    _refuse_old_form(ties, node, "split")
     x = node.inputs[0]
     rank = len(shape_of(x))
     cut, offset = node.attributes.get_int("axis", 0) % rank, 0
@@ -351,6 +362,11 @@ def _split(ties: Ties, node: ir.Node) -> set[int]:
             ties.tie(whole[offset : offset + part.size] if axis == cut else whole, part)
         offset += shape_of(y)[cut]
     return {0}
+
+
+def _refuse_old_form(ties: Ties, node: ir.Node, attribute: str) -> None:
+    if ties.cut and attribute in node.attributes:
+        raise Unknown(f"{attribute} is an attribute, as before opset 13")
 
 
 def slice_index(node: ir.Node) -> dict[int, np.ndarray]:
@@ -374,6 +390,7 @@ def slice_index(node: ir.Node) -> dict[int, np.ndarray]:
 
 def _slice(ties: Ties, node: ir.Node) -> set[int]:
     x, y = node.inputs[0], node.outputs[0]
+    _refuse_old_form(ties, node, "starts")
     taken = slice_index(node)
     for axis in range(len(shape_of(x))):
         positions = taken.get(axis)
@@ -421,6 +438,7 @@ def pad_amounts(node: ir.Node) -> tuple[list[int], list[int]]:
 
 def _pad(ties: Ties, node: ir.Node) -> set[int]:
     x, y = node.inputs[0], node.outputs[0]
+    _refuse_old_form(ties, node, "pads")
     filled = node.attributes.get_string("mode", "constant") == "constant"
     for axis, (begin, end) in enumerate(zip(*pad_amounts(node), strict=True)):
         inner, outer = ties.axis(x, axis), ties.axis(y, axis)
