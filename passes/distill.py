@@ -1,6 +1,6 @@
 """Teach a changed model what the original computes, on unlabelled samples. What `recover` runs, in torch.
 
-    w = s * (theta . m)        s: a row's root mean square, m: its mask (1 where the weight is not zero), theta trained
+    w = w0 + s . m . theta     m: the mask, 1 where the weight is not zero; s: a step's size, below; theta trained from 0
     L = sum over outputs  D(y_t, y_s)  +  a / |F| * sum over f in F  |f_s - f_t|^2 / |f_t - mean f_t|^2
 
 D is the Kullback-Leibler divergence KL(softmax(y_t / T) || softmax(y_s / T)) T^2 of logits (Hinton et al.,
@@ -8,8 +8,13 @@ arXiv:1503.02531), the normalized squared error of anything else; the second sum
 arXiv:2310.06927) over the values F that have one name and shape in both models. Zeros have m = 0: they get no gradient
 that reaches w and are zero after every step.
 
-Folded batch normalization leaves rows of very different sizes; one learning rate fits all of them because theta has rows
-of size 1: Adam's step is relative. Biases are measured in deviations of their channel.
+Folded batch normalization leaves rows and inputs of very different sizes and inputs with large means. What it did for
+training is undone by a change of variables: with m, d the mean and deviation of a layer's inputs x, d_y of its outputs,
+
+    dW[j, k] = m[j, k] theta[j, k] d_y[j] / (K d[k]),   b[j] = beta[j] - dW[j] m        so y = W0 x + dW (x - m) + beta
+
+a step of r in all theta of a row changes its output by at most about r of its deviation, for every layer, and a weight
+cannot move the mean. The mask does not disturb it, as it would a full whitening.
 
 What both models compute alike in front of the first change is computed once, without gradients. The learning rate warms
 up and falls as half a cosine over the time or steps allowed. An average of the weights over the last steps is what is
@@ -22,6 +27,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -42,12 +48,12 @@ WARM_UP = 0.05  # share of the run
 @dataclass(frozen=True)
 class Settings:
     """`minutes`: of processor time (of a GPU: of the clock). `steps` instead, if positive. `rate`: largest relative
-    change of a weight in one step. `rank`: 0 trains the weights themselves, r their update as a product of rank r."""
+    change of an output in one step. `rank`: 0 trains the weights themselves, r their update as a product of rank r."""
 
     minutes: float = 30.0
     steps: int = 0
     batch: int = 32
-    rate: float = 2e-3
+    rate: float = 1e-2
     decay: float = 0.0
     temperature: float = 1.0
     features: float = 1.0
@@ -60,6 +66,15 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Centre:
+    """The mean input of a layer: `mean` broadcasts to its stored weight, sums over `axes` leave one value a row."""
+
+    bias: str  # name of the bias, trained too
+    mean: np.ndarray
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Trainable:
     """A constant that may change. `mask` is None where everything may."""
 
@@ -67,7 +82,8 @@ class Trainable:
     start: np.ndarray
     mask: np.ndarray | None
     scale: np.ndarray  # broadcasts to the constant: a change of 1 in theta
-    matrix: tuple[int, int] | None = None  # the shape of an update of low rank
+    matrix: tuple[int, int] | None = None  # [rows, K], the shape of an update of low rank
+    centre: Centre | None = None
 
 
 @dataclass(frozen=True)
@@ -189,6 +205,7 @@ class _Weights:
         self.rank = settings.rank
         self.start = {t.name: as_tensor(t.start).to(device) for t in self.items}
         self.scale = {t.name: as_tensor(t.scale).to(device) for t in self.items}
+        self.mean = {t.name: as_tensor(t.centre.mean).to(device) for t in self.items if t.centre is not None}
         self.mask = {t.name: as_tensor(t.mask.astype(np.float32)).to(device) for t in self.items if t.mask is not None}
         self.theta: dict[str, list[Tensor]] = {}
         generator = torch.Generator().manual_seed(settings.seed)
@@ -207,13 +224,16 @@ class _Weights:
 
     def build(self) -> dict[str, Tensor]:
         """Constants as the student reads them."""
-        made = {}
+        made: dict[str, Any] = {}
         for t in self.items:
             parts = self.theta[t.name]
-            change = parts[0] if len(parts) == 1 else (parts[0] @ parts[1]).reshape(self.start[t.name].shape)
-            change = change * self.scale[t.name]
-            mask = self.mask.get(t.name)
-            made[t.name] = self.start[t.name] + (change if mask is None else change * mask)
+            change = parts[0] if len(parts) == 1 else parts[0] @ parts[1]
+            change = change.reshape(self.start[t.name].shape) * self.scale[t.name]
+            change = change * self.mask[t.name] if t.name in self.mask else change
+            made[t.name] = made.get(t.name, 0.0) + self.start[t.name] + change
+            if t.centre is not None:
+                shift = (change * self.mean[t.name]).sum(t.centre.axes).reshape(self.start[t.centre.bias].shape)
+                made[t.centre.bias] = made.get(t.centre.bias, 0.0) - shift
         return made
 
     def export(self, built: dict[str, Tensor]) -> dict[str, np.ndarray]:

@@ -8,6 +8,9 @@ than its input, or it is what the last weighted layer reads.
 
 Names mean what they say only while channels keep their places: compare with the model after exact passes, which permute
 channels, not with the one before.
+
+A pass that refits weights after pruning touches layers in front of the first mask too, by rounding alone. `put_back`
+gives what no new zero reaches its original constants again, so that the prefix that both share is as long as it can be.
 """
 
 from __future__ import annotations
@@ -46,6 +49,48 @@ def agreement(original: ir.Model, model: ir.Model) -> Agreement:
     frontier = sorted((same - inputs) & (read | ends))
     taps = _taps(original, model, agreeing)
     return Agreement(frozenset(agreeing), tuple(frontier), taps, ends <= same)
+
+
+def put_back(original: ir.Model, model: ir.Model) -> int:
+    """Restore float constants of nodes that do not descend from a layer with new zeros; how many were restored.
+
+    Nothing is restored where no layer gained zeros, or where constants differ in shape or type.
+    """
+    touched: set[ir.Value] = set()
+    behind: list[ir.Node] = []
+    for node in model.graph:
+        if any(x in touched for x in node.inputs) or _gained_zeros(original, node):
+            touched |= set(node.outputs)
+        else:
+            behind.append(node)
+    if not touched:
+        return 0
+    restored = 0
+    free = set(behind)
+    for node in behind:
+        for value in node.inputs:
+            source = None if value is None else original.graph.initializers.get(str(value.name))
+            if value is None or value.const_value is None or source is None or source.const_value is None:
+                continue
+            old, new = source.const_value, value.const_value
+            if old.dtype != new.dtype or old.shape != new.shape or not old.dtype.is_floating_point():
+                continue
+            if _equal(old, new) or any(user not in free for user, _ in value.uses()):
+                continue
+            value.const_value = ir.Tensor(np.array(old.numpy()), dtype=old.dtype, name=value.name)
+            restored += 1
+    return restored
+
+
+def _gained_zeros(original: ir.Model, node: ir.Node) -> bool:
+    """Whether a weighted layer is zero somewhere where the original's weight is not; True if that has another shape."""
+    layer = as_layer(node)
+    if not isinstance(layer, WeightedLayer):
+        return False
+    source = original.graph.initializers.get(str(layer.weight.name))
+    if source is None or source.const_value is None or source.const_value.shape != layer.tensor.shape:
+        return True
+    return bool(np.any((layer.tensor.numpy() == 0) & (source.const_value.numpy() != 0)))
 
 
 def _agree(a: ir.Node, b: ir.Node, same: set[str]) -> bool:

@@ -17,7 +17,7 @@ another pass. Never changed: the graph, shapes, names, zeros.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -27,12 +27,14 @@ import onnx_ir as ir
 
 from sparsec.errors import RecipeError, RuntimeUnavailable
 from sparsec.passes.layers import FLOATS, WeightedLayer, as_layer
-from sparsec.passes.matching import Agreement, agreement
-from sparsec.passes_api import Context, Pass, PassResult
+from sparsec.passes.matching import Agreement, agreement, put_back
+from sparsec.passes_api import Context, Pass, PassResult, Samples
 
 if TYPE_CHECKING:
     from sparsec.passes.distill import Settings, Task, Trainable
 
+SAMPLED = 16  # samples that the sizes of steps are derived from
+TINY = 1e-12
 SAMPLE_BYTES = 1 << 31  # of calibration samples held in memory; of more, evenly spaced ones are taken
 _NORMS = ("LayerNormalization", "GroupNormalization", "InstanceNormalization", "RMSNormalization", "BatchNormalization")
 
@@ -43,7 +45,8 @@ class Recover(Pass):
 
     `minutes`: processor time it may take (clock time on a GPU); `steps` instead, if positive. `train`: all, bias or
     lowrank (of `rank`). `augment`: random views of images, mixtures of others. `features`: weight of the feature loss.
-    `teacher`: the dense ONNX file, for a model that was pruned elsewhere. `rate`: largest relative step of a weight.
+    `teacher`: the dense ONNX file, for a model that was pruned elsewhere. `rate`: the largest
+    relative change of an output in one step.
     """
 
     name: ClassVar[str] = "recover"
@@ -52,7 +55,7 @@ class Recover(Pass):
     steps: int = 0
     train: Literal["all", "bias", "lowrank"] = "all"
     rank: int = 8
-    rate: float = 2e-3
+    rate: float = 1e-2
     batch: int = 32
     temperature: float = 1.0
     features: float = 1.0
@@ -83,6 +86,8 @@ class Recover(Pass):
             text = "the model still computes what the original does; put recover behind the pass that changes it"
             raise RecipeError(f"{text}, or give teacher=DENSE.onnx for a model pruned elsewhere")
         torch = require_torch()
+        restored = put_back(teacher, model)
+        shared = agreement(teacher, model) if restored else shared
         if self.threads:
             torch.set_num_threads(self.threads)
         from sparsec.passes.distill import Samples, Task, distill, output_kinds
@@ -109,7 +114,7 @@ class Recover(Pass):
             "steps": outcome.steps, "held_out": len(data.held), "divergence_before": round(outcome.before, 6),
             "divergence_after": round(outcome.after, 6), "feature_losses": len(shared.taps),
         })  # fmt: skip
-        return PassResult(model, bool(changed))
+        return PassResult(model, bool(changed or restored))
 
     def _settings(self) -> Settings:
         from sparsec.passes.augment import Views
@@ -142,7 +147,7 @@ class Recover(Pass):
         return teacher
 
     def _trainables(self, model: ir.Model, shared: Agreement, task: Task, data: Any) -> Iterable[Trainable]:
-        from sparsec.passes.distill import Trainable
+        from sparsec.passes.distill import Centre, Trainable
 
         seen: set[str] = set()
         layers: list[tuple[ir.Node, ir.Value, WeightedLayer | None]] = []
@@ -155,7 +160,9 @@ class Recover(Pass):
                     if value.name not in seen:
                         seen.add(str(value.name))
                         layers.append((node, value, layer))
-        spreads = _spreads(task, data, {str(n.outputs[0].name) for n, _, layer in layers if layer is None})
+        spreads = _spreads(task, data, {str(node.outputs[0].name) for node, _, _ in layers})
+        moments = _moments(task, data, [layer for _, _, layer in layers if layer is not None])
+        names = {str(value.name) for _, value, _ in layers}
         for node, value, layer in layers:
             tensor = value.const_value
             assert tensor is not None
@@ -165,10 +172,20 @@ class Recover(Pass):
                     str(value.name), start, None, _bias_scale(start, spreads.get(str(node.outputs[0].name)))
                 )
                 continue
-            scale = _row_scale(layer)
             oc, ic, kh, kw = layer.shape
-            matrix = (oc, ic * kh * kw) if layer.op == "Conv" or not layer.transposed else (ic, oc)
-            yield Trainable(str(value.name), start, start != 0, scale, matrix)
+            matrix = (ic, oc) if layer.transposed else (oc, ic * kh * kw)
+            scale = np.broadcast_to(_row_scale(layer), layer.shape)
+            centre, found = None, moments.get(layer.name)
+            spread = spreads.get(str(node.outputs[0].name))
+            if found is not None and spread is not None and spread.size == oc:
+                mean, deviation = (_of_rows(layer, m) for m in found)
+                row = np.maximum(spread, 0.01 * spread.mean() + TINY).reshape(-1, 1, 1, 1)
+                scale = np.broadcast_to(row / (ic * kh * kw * deviation), layer.shape)
+                bias = node.inputs[2] if layer.op != "MatMul" and len(node.inputs) > 2 else None
+                if bias is not None and str(bias.name) in names:
+                    axes = (0,) if layer.transposed else tuple(range(1, len(layer.tensor.shape)))
+                    centre = Centre(str(bias.name), _as_stored(layer, np.broadcast_to(mean, layer.shape)), axes)
+            yield Trainable(str(value.name), start, start != 0, _as_stored(layer, scale), matrix, centre)
 
 
 def require_torch() -> Any:
@@ -181,18 +198,10 @@ def require_torch() -> Any:
     return torch
 
 
-def collect_samples(model: ir.Model, calibration: Any) -> list[dict[str, np.ndarray]]:
+def collect_samples(model: ir.Model, calibration: Samples | None) -> list[dict[str, np.ndarray]]:
     """Calibration samples of the inputs' shapes, thinned evenly to what memory may hold. RecipeError for fewer than 2."""
     if calibration is None:
         raise RecipeError("needs samples to train on; give --calibration DATA")
-    if isinstance(calibration, Mapping):
-        from sparsec.data import InputSpec, load_data
-
-        specs = []
-        for x in model.graph.inputs:
-            assert x.shape is not None and x.dtype is not None
-            specs.append(InputSpec(str(x.name), tuple(int(str(d)) for d in x.shape), str(x.dtype.numpy())))
-        calibration = load_data(calibration, specs)
     size = sum(int(np.prod([int(str(d)) for d in x.shape or ()])) * 4 for x in model.graph.inputs)
     every = max(1, -(-len(calibration) * size // SAMPLE_BYTES))
     samples = [sample for index, sample in enumerate(calibration) if index % every == 0]
@@ -225,24 +234,62 @@ def _is_float(value: ir.Value | None) -> bool:
 
 
 def _row_scale(layer: WeightedLayer) -> np.ndarray:
-    """Root mean square of the nonzeros of each output channel, in the stored form of the weight; at least a hundredth
-    of the layer's, so that a channel that is almost zero can grow."""
+    """[OC, 1, 1, 1]: |row| / k for a row of k nonzeros, the step where nothing is known of the input. A row counts as at
+    least a hundredth of the layer's."""
     weight = np.asarray(layer.read(), np.float64)
     axes = (1, 2, 3)
     count = np.maximum((weight != 0).sum(axes, keepdims=True), 1)
     rms = np.sqrt(np.square(weight).sum(axes, keepdims=True) / count)
     whole = np.sqrt(np.square(weight).sum() / max(np.count_nonzero(weight), 1))
-    scale = np.broadcast_to(np.maximum(rms, 0.01 * whole), weight.shape)
-    matrix = scale if layer.op == "Conv" else scale.reshape(layer.shape[:2])
-    stored = matrix.T if layer.transposed else matrix
-    return np.ascontiguousarray(stored.reshape([int(str(d)) for d in layer.tensor.shape]), np.float32)
+    return np.maximum(rms, 0.01 * whole + TINY) / np.sqrt(count)
+
+
+def _as_stored(layer: WeightedLayer, oihw: np.ndarray) -> np.ndarray:
+    """[OC, IC, KH, KW] in the form of the stored weight, float32."""
+    matrix = oihw if layer.op == "Conv" else oihw.reshape(layer.shape[:2])
+    stored = (matrix.T if layer.transposed else matrix).reshape([int(str(d)) for d in layer.tensor.shape])
+    return np.ascontiguousarray(stored, np.float32)
+
+
+def _of_rows(layer: WeightedLayer, channels: np.ndarray) -> np.ndarray:
+    """One value an input channel [groups * IC] as [OC, IC, 1, 1]: what each row reads."""
+    by_group = channels.reshape(layer.groups, 1, -1)
+    rows = np.broadcast_to(by_group, (layer.groups, layer.shape[0] // layer.groups, layer.shape[1]))
+    return rows.reshape(*layer.shape[:2], 1, 1)
+
+
+def _moments(task: Task, data: Any, layers: list[WeightedLayer]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Layer name -> mean and deviation of each input channel over a few samples; a deviation is at least a tenth of the
+    layer's, so that a channel that is almost constant gets no huge steps."""
+    import torch
+
+    reads = {layer.name: str(x.name) for layer in layers if (x := _read(layer)) is not None}
+    made = {}
+    with torch.no_grad():
+        values = task.student.run(data.take(data.train[:SAMPLED]), sorted(set(reads.values())))
+        for layer in layers:
+            if layer.name in reads:
+                x = values[reads[layer.name]]
+                axis = 2 if layer.op == "Conv" else x.dim() - 1
+                flat = x.movedim(axis, -1).reshape(-1, x.shape[axis]).double()
+                deviation = flat.std(0, unbiased=False)
+                floor = 0.1 * float(deviation.square().mean().sqrt()) + TINY
+                made[layer.name] = flat.mean(0).cpu().numpy(), deviation.clamp(min=floor).cpu().numpy()
+    return made
+
+
+def _read(layer: WeightedLayer) -> ir.Value | None:
+    """The layer's input where its channels lie on axis 1 (Conv) or the last axis (products)."""
+    if layer.op == "Gemm" and layer.node.attributes.get_int("transA", 0):
+        return None
+    return layer.node.inputs[0] if layer.op != "MatMul" or layer.transposed else None
 
 
 def _spreads(task: Task, data: Any, names: set[str]) -> dict[str, np.ndarray]:
     """Deviation over one batch of the student's values, one a channel (axis 1 of images, the last of others)."""
     import torch
 
-    feeds = data.take(data.train[:8])
+    feeds = data.take(data.train[:SAMPLED])
     found = {}
     with torch.no_grad():
         wanted = sorted(names)

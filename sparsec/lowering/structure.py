@@ -6,7 +6,9 @@ Detected from the numbers alone, never from a tag, so a model pruned by any tool
     block RxC   R consecutive output channels x C consecutive input channels at one kernel position; the last block of
                 an axis may be smaller
     density(RxC) = (blocks with any nonzero) * R * C / (OC * IC * KH * KW)   what a kernel of that block shape stores
-    N:M         at most N nonzeros in every M consecutive input channels
+    N:M         at most N nonzeros in every M consecutive input channels; the last group may be smaller
+    channels    output channels (rows) and input channels (columns) that are zero at every position: what structured
+                pruning leaves, and what can be cut out of the model. A name for people: kernels see the blocks
 
 A block shape *explains* the zeros when most zeros lie in blocks that are wholly zero and the blocks that are kept are
 almost full. Zeros that happen to be inside a kept block (1.6 % of the weights of a model that was once int8) do not
@@ -39,6 +41,7 @@ class Structure:
     blocks: dict[tuple[int, int], float] = field(repr=False)  # stored density; above 1 where padding outweighs zeros
     nm: tuple[int, int] | None  # N:M that every group keeps and nearly fills, or None
     name: str  # "dense", "1x1", "4x1", "2:4", ...
+    channels: tuple[int, int] = (0, 0)  # output and input channels that are wholly zero
 
     @property
     def block(self) -> tuple[int, int] | None:
@@ -50,10 +53,21 @@ class Structure:
         rows, columns = self.name.split("x")
         return int(rows), int(columns)
 
+    @property
+    def _channels_hold_zeros(self) -> bool:
+        rows, columns = self.channels
+        oc, ic = self.shape[:2]
+        inside = (oc * ic - (oc - rows) * (ic - columns)) / (oc * ic)  # share of the weights in zero channels
+        return inside >= _KEPT_FULL * self.zeros > 0
+
     def __str__(self) -> str:
         share = f"{100 * self.zeros:.1f}% zero"
         if self.name == "dense":
             return "dense" if self.zeros == 0 else f"dense, {share}"
+        if self._channels_hold_zeros:
+            ends = [("output", 0), ("input", 1)]
+            parts = [f"{self.channels[i]} of {self.shape[i]} {end}" for end, i in ends if self.channels[i]]
+            return f"whole channels ({' and '.join(parts)}), {share}"
         if self.name == "1x1":
             return f"unstructured, {share}"
         return f"{self.name}, {share}" if ":" in self.name else f"{self.name} blocks, {share}"
@@ -85,10 +99,9 @@ def _pattern(mask: np.ndarray, nonzeros: int) -> tuple[int, int] | None:
     """The tightest of PATTERNS that every group of M input channels keeps; none if its slots are mostly empty."""
     ic = mask.shape[1]
     for n, m in PATTERNS:
-        groups = ic // m
-        if groups == 0 or ic % m or nonzeros < _KEPT_FULL * mask.size * n / m:
+        if ic < m or nonzeros < _KEPT_FULL * mask.size * n / m:
             continue
-        counts = mask.reshape(mask.shape[0], groups, m, mask.shape[2]).sum(axis=2, dtype=np.uint8)
+        counts = np.add.reduceat(mask, np.arange(0, ic, m), axis=1, dtype=np.uint8)
         if int(counts.max()) <= n:
             return n, m
     return None
@@ -135,4 +148,5 @@ def detect_structure(weight: np.ndarray, blocks: tuple[tuple[int, int], ...] = B
     if zeros >= _WORTH_A_NAME:
         coarsest = max(explaining, key=lambda b: (b[0] * b[1], b[0]), default=(1, 1))
         name = f"{nm[0]}:{nm[1]}" if nm and coarsest == (1, 1) else f"{coarsest[0]}x{coarsest[1]}"
-    return Structure(tuple(weight.shape), nonzeros, zeros, densities, nm, name)
+    dead = (int(np.count_nonzero(~mask.any(axis=(1, 2)))), int(np.count_nonzero(~mask.any(axis=(0, 2)))))
+    return Structure(tuple(weight.shape), nonzeros, zeros, densities, nm, name, dead)

@@ -96,3 +96,38 @@ def test_fast_on_large_weights() -> None:
     start = time.perf_counter()
     detect_structure(weight)
     assert time.perf_counter() - start < 1.0
+
+
+def test_a_ragged_last_group_keeps_n_of_m() -> None:
+    rng = np.random.default_rng(2)
+    weight = rng.standard_normal((16, 30, 1, 1)).astype(np.float32)
+    for row in range(16):
+        for start in range(0, 30, 4):
+            weight[row, start : start + 4] = 1
+            weight[row, start + rng.permutation(min(4, 30 - start))[:2]] = 0
+    assert detect_structure(weight).name == "2:4"
+    weight[0, 28:] = 1
+    assert detect_structure(weight).name == "2:4"
+    weight[0, :4] = 1
+    assert detect_structure(weight).name == "1x1"
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(12, 0), (0, 9), (12, 9)])
+def test_whole_channels_are_named(rows: int, columns: int) -> None:
+    rng = np.random.default_rng(3)
+    weight = rng.uniform(0.5, 1, (48, 40, 3, 3)).astype(np.float32)
+    weight[rng.permutation(48)[:rows]] = 0
+    weight[:, rng.permutation(40)[:columns]] = 0
+    found = detect_structure(weight)
+    assert found.channels == (rows, columns)
+    assert str(found).startswith("whole channels (")
+    for count, text in ((rows, f"{rows} of 48 output"), (columns, f"{columns} of 40 input")):
+        assert (text in str(found)) == bool(count)
+    assert found.block is not None  # kernels still see blocks
+
+
+def test_zeros_elsewhere_are_not_called_channels() -> None:
+    weight = block_sparse(48, 40, 3, 4, 1, 0.5)
+    weight[:2] = 0
+    assert detect_structure(weight).channels[0] >= 2
+    assert str(detect_structure(weight)).startswith("4x1 blocks")
