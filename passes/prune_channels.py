@@ -87,17 +87,11 @@ class PruneChannels(Pass):
 
     def call(self, model: ir.Model) -> PassResult:
         context = Context.of(model)
-        classes, refused = self._classes(model)
-        if not classes:
-            why = "; ".join(f"{count} {reason}" for reason, count in refused.most_common(3)) or "it has no weights"
-            raise RecipeError(f"no class of channels may be removed: {why}")
-        width = self.round_to or (context.target.machine.lanes if context.target is not None else DEFAULT_WIDTH)
         before = work(model.graph)
-        if not self.dead:
-            removals = self._choose(model, classes, width, context)
-        elif removals := _dead(classes, width, constant_channels(model.graph)):
+        removals = self.choose(model, context)
+        if self.dead and removals:
             _fold(model.graph, removals)  # may make biases, which are cut as well
-            removals = _dead(self._classes(model)[0], width, {})
+            removals = _dead(self._classes(model), self._width(context), {})
         cut(model.graph, removals)
         after = work(model.graph)
         for units, removed in removals:
@@ -108,23 +102,11 @@ class PruneChannels(Pass):
         )
         return PassResult(model, bool(removals))
 
-    def _classes(self, model: ir.Model) -> tuple[list[ChannelClass], Counter[str]]:
-        classes, refused = [], Counter[str]()
-        for units in couple(model.graph, cut=True).classes:
-            names = [str(use.node.name) for use in units.producers]
-            if units.pinned:
-                refused[units.pinned] += 1
-            elif not units.consumers:
-                refused["are read by no layer with a weight"] += 1
-            elif any(fnmatch.fnmatchcase(n, glob) for glob in self.exclude for n in names):
-                refused[f"are excluded by {'+'.join(self.exclude)}"] += 1
-            elif self.include and not any(fnmatch.fnmatchcase(n, glob) for glob in self.include for n in names):
-                refused[f"are not named by include={'+'.join(self.include)}"] += 1
-            else:
-                classes.append(units)
-        return classes, refused
-
-    def _choose(self, model: ir.Model, classes: Sequence[ChannelClass], width: int, context: Context) -> list[Removal]:
+    def choose(self, model: ir.Model, context: Context) -> list[Removal]:
+        """The channels that go, of one coupling of the graph as it is; nothing is changed."""
+        classes, width = self._classes(model), self._width(context)
+        if self.dead:
+            return _dead(classes, width, constant_channels(model.graph))
         if self.importance == "activation" and context.calibration is None:
             raise RecipeError("prune-channels: importance=activation needs calibration data (--calibration)")
         energy = {}
@@ -140,6 +122,29 @@ class PruneChannels(Pass):
                 f"got {target}; lower one of them"
             )
         return choice.removals()
+
+    def _width(self, context: Context) -> int:
+        return self.round_to or (context.target.machine.lanes if context.target is not None else DEFAULT_WIDTH)
+
+    def _classes(self, model: ir.Model) -> list[ChannelClass]:
+        """Classes that may be thinned; RecipeError with the most frequent reasons if there is none."""
+        classes, refused = [], Counter[str]()
+        for units in couple(model.graph, cut=True).classes:
+            names = [str(use.node.name) for use in units.producers]
+            if units.pinned:
+                refused[units.pinned] += 1
+            elif not units.consumers:
+                refused["are read by no layer with a weight"] += 1
+            elif any(fnmatch.fnmatchcase(n, glob) for glob in self.exclude for n in names):
+                refused[f"are excluded by {'+'.join(self.exclude)}"] += 1
+            elif self.include and not any(fnmatch.fnmatchcase(n, glob) for glob in self.include for n in names):
+                refused[f"are not named by include={'+'.join(self.include)}"] += 1
+            else:
+                classes.append(units)
+        if not classes:
+            why = "; ".join(f"{count} {reason}" for reason, count in refused.most_common(3)) or "it has no weights"
+            raise RecipeError(f"no class of channels may be removed: {why}")
+        return classes
 
 
 # ---- what a network costs
