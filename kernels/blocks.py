@@ -64,7 +64,7 @@ def cut(w: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 def kept(w: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """Which blocks of w [N, K] hold any nonzero: bool [groups, K / C]."""
-    return cut(w != 0, rows, columns).any(axis=(1, 3))
+    return np.asarray(cut(w != 0, rows, columns).any(axis=(1, 3)))
 
 
 def pack(w: np.ndarray, rows: int, columns: int, every: bool = False) -> Blocks:

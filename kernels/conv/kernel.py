@@ -186,12 +186,8 @@ class _Convolution:
                         one(tiling.tail, tail)
 
     def _pack_panel(self, source: Any, tile: Any, parts: tuple[Part, ...]) -> None:
-        x, tables, panel, width = (
-            self.buffers["x"],
-            self.buffers.get("tables"),
-            self.buffers["scratch"],
-            self.tiling.width,
-        )
+        x, panel, width = self.buffers["x"], self.buffers["scratch"], self.tiling.width
+        tables: Any = self.buffers.get("tables")
 
         def start_of(k: Any) -> Any:
             return source + (tables[self.tap_base + k] if self.tap_table else k * self.tiling.pixels)

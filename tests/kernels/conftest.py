@@ -6,11 +6,14 @@ import pytest
 
 from sparsec.runtimes.base import machine_arch
 from sparsec.runtimes.emulated import find_emulator
-from sparsec.targets import Target, find_target, host_cpu
+from sparsec.targets import Target, find_target, host_cpu, missing_features
 
 _LEVELS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")  # each contains the ones before
-_HOST = host_cpu()
-_RUNNABLE = _LEVELS[: _LEVELS.index(_HOST) + 1] if _HOST in _LEVELS else (_HOST,)
+_RUNNABLE = (
+    [name for name in _LEVELS if not missing_features(find_target("host", name))]
+    if machine_arch() == "x86_64"
+    else [host_cpu()]
+)
 _EMULATED = ("armv8.2-a",) if machine_arch() != "aarch64" and find_emulator() else ()
 
 
