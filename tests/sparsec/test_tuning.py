@@ -383,7 +383,7 @@ def test_times_grow_with_the_work(host: Target) -> None:
 
 
 def entry(*times: tuple[float, float]) -> Entry:
-    return Entry({}, tuple(Measured("conv_f32_dense", 4, i + 1, 16, p, m) for i, (p, m) in enumerate(times)))
+    return Entry({}, tuple(Measured("conv_f32_dense", 4, i + 1, 16, 0, p, m) for i, (p, m) in enumerate(times)))
 
 
 def test_summary_of_a_model_that_is_off_by_a_factor() -> None:
@@ -450,7 +450,7 @@ def test_the_most_similar_measured_layer_speaks_for_another() -> None:
 
 def test_the_best_of_a_kernel() -> None:
     rows = [("conv_f32_dense", 3.0), ("conv_f32_4x1", 2.0), ("conv_f32_2x1", 1.0), ("conv_f32_dense", 2.5)]
-    found = Entry({}, tuple(Measured(kernel, 4, 1, 16, 1.0, us) for kernel, us in rows))
+    found = Entry({}, tuple(Measured(kernel, 4, 1, 16, 0, 1.0, us) for kernel, us in rows))
     dense, other = found.best("conv_f32_dense".__eq__), found.best("conv_f32_2x1".__ne__)
     assert dense is not None
     assert dense.measured_us == 2.5
@@ -514,7 +514,7 @@ def test_a_file_for_other_code_is_refused(tuned: tuner.Tuned, tmp_path: Path) ->
 
 def test_a_choice_that_does_not_exist_is_refused(tuned: tuner.Tuned, host: Target) -> None:
     prices = prices_of(host, pruned((16, 16, 1, 1), 0.25, 4, 1))
-    good = Measured("conv_f32_4x1", 4, 1, host.machine.lanes, 1.0, 1.0)
+    good = Measured("conv_f32_4x1", 4, 1, host.machine.lanes, 0, 1.0, 1.0)
     assert prices.find(good.kernel, good.tile) is not None
     for bad in (replace(good, kernel="conv_f32_7x7"), replace(good, rows=8), replace(good, vectors=99)):
         found = Entry(prices.facts, (bad,))
@@ -559,7 +559,7 @@ def _layer(**facts: Any) -> Any:
 
 CANDIDATE = ("layers", "first", "candidates", 0)
 DAMAGE = {
-    "schema": _change("schema", value=2),
+    "schema": _change("schema", value=tuning.SCHEMA + 1),
     "schema true": _change("schema", value=True),
     "no schema": _drop("schema"),
     "extra": _change("extra", value=1),
@@ -585,6 +585,7 @@ DAMAGE = {
     "rows": _change(*CANDIDATE, "rows", value=-1),
     "vectors": _change(*CANDIDATE, "vectors", value=1.0),
     "lanes": _change(*CANDIDATE, "lanes", value=True),
+    "depth": _change(*CANDIDATE, "depth", value=-1),
     "many lanes": _change(*CANDIDATE, "lanes", value=1 << 40),
     "time": _change(*CANDIDATE, "measured_us", value=0),
     "time text": _change(*CANDIDATE, "measured_us", value="1"),
