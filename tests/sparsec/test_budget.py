@@ -259,22 +259,6 @@ def test_prediction_is_the_sum_of_the_layers() -> None:
     assert predicted_us(network(), TARGET) == sum(layer.predicted_us for layer in lower(network(), TARGET).layers)
 
 
-def test_compile_holds_the_budget_and_the_manifest_has_the_curve(tmp_path) -> None:
-    artifact = sparsec.compile(
-        demo(), "host", budget="accuracy=30%", calibration={"input": images()[0]}, dump=tmp_path / "dump",
-        output=tmp_path / "demo.sparsec",
-    )  # fmt: skip
-    facts = artifact.manifest["passes"][-1]["budget"]
-    assert facts["chosen"]["drop"] <= 0.3
-    model = (artifact.path / "model.onnx").read_bytes()
-    judge = Judge(network(), Part(data(), held_out=True), None)
-    assert judge.drop(model) == pytest.approx(facts["chosen"]["drop"], abs=1e-6)
-    assert [p["name"] for p in artifact.manifest["passes"]][-1] == "prune"
-    assert "state" not in artifact.manifest["passes"][-1]["options"]  # a file that is gone
-    assert str(tmp_path) not in (artifact.path / "manifest.json").read_text()
-    assert sorted(p.name for p in (tmp_path / "dump").iterdir())[:2] == ["10-load.onnx", "20-budget.onnx"]
-
-
 def test_compile_refuses_a_budget_without_data_and_data_without_a_budget() -> None:
     with pytest.raises(UsageError, match="needs --calibration"):
         sparsec.compile(demo(), "host", budget="accuracy=30%")

@@ -7,8 +7,11 @@ import pytest
 from rich.console import Console
 
 from sparsec import cli
-from sparsec.budget import Point
+from sparsec.artifact import load
+from sparsec.budget import Judge, Part, Point
 from sparsec.cli.curves import budget_table, front_table, show_fronts, show_points
+from sparsec.data import input_spec, load_data
+from sparsec.loading import load_model
 from sparsec.models.demo import demo
 from sparsec.models.demo_data import write_data
 
@@ -72,13 +75,27 @@ def run(files, capsys):
     return call
 
 
-def test_compile_with_a_budget_prints_the_curve(files, run) -> None:
+def test_compile_holds_a_budget_and_keeps_the_curve(files, run) -> None:
     arguments = ["--budget", "accuracy=30%", "--calibration", str(files / "calibration.npz")]
-    code, out, _ = run(*arguments, "--json")
+    code, out, _ = run(*arguments, "--dump", str(files / "dump"), "--json")
     assert code == 0
     facts = json.loads(out)["budget"]
     assert facts["chosen"]["drop"] <= 0.3
     assert facts["chosen"] in facts["curve"]
+    artifact = load(files / "out" / "demo.sparsec")
+    last = artifact.manifest["passes"][-1]
+    assert last["name"] == "prune"
+    assert last["budget"] == facts
+    assert "state" not in last["options"]  # a file that is gone
+    assert "sparsec-budget" not in (artifact.path / "manifest.json").read_text()
+    model = load_model(demo())
+    calibration = load_data(files / "calibration.npz", [input_spec(value) for value in model.graph.inputs])
+    judge = Judge(model, Part(calibration, held_out=True), None)
+    drop = judge.drop((artifact.path / "model.onnx").read_bytes())
+    assert drop == pytest.approx(facts["chosen"]["drop"], abs=1e-6)
+    dumped = {path.name: path.read_bytes() for path in (files / "dump").iterdir()}
+    assert dumped["20-budget.onnx"] == (artifact.path / "model.onnx").read_bytes()
+    assert judge.drop(dumped["10-load.onnx"]) == 0
 
 
 @pytest.mark.parametrize(
