@@ -14,9 +14,9 @@ from sparsec.errors import RecipeError
 from sparsec.loading import load_model
 from sparsec.models import build
 from sparsec.passes import PruneChannels
+from sparsec.passes.channel_choice import work
 from sparsec.passes.coupling import couple
 from sparsec.passes.cut import silence
-from sparsec.passes.prune_channels import work
 from sparsec.passes_api import Context
 from sparsec.pipeline import check_equal, run_passes
 from tests.channel_networks import channel_networks
