@@ -43,11 +43,10 @@ class OneShot:
         if calibration is None or (importance == "magnitude" and not refit):
             self.scores = {layer.name: magnitude(layer.read()) for layer in layers}
             return
-        order = {node: index for index, node in enumerate(model.graph)}
         context, held = Context.of(model), 0
         for done, (layer, statistics) in enumerate(gather(model, layers, calibration)):
             context.tell(f"importance {layer.name}", done, len(layers))
-            weight, bias = layer.read(), goal_of(layer, order).bias
+            weight, bias = layer.read(), goal_of(layer).bias
             centred = bias is not None
             h = damp(statistics.covariance if centred else statistics.gram, RIDGE)[0]
             if importance == "second-order":

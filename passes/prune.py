@@ -50,7 +50,8 @@ class Prune(Pass):
     without. `budget`: what the allocation divides. `samples`: of the calibration data, for the allocation. `state`: a
     file that keeps what the allocation measured. `refit`: re-optimize what is left, each layer alone or the network in
     graph order, pulled to the original weights with strength `ridge`, making up for earlier layers' errors by the share
-    `trust` (auto: chosen on held-out samples); `repair`: refit layers that are not pruned, too.
+    `trust` (auto: chosen on held-out samples); `rescale`: give each channel the original's variance; `repair`: refit
+    layers that are not pruned, too.
     """
 
     name: ClassVar[str] = "prune"
@@ -72,6 +73,7 @@ class Prune(Pass):
     repair: bool = True
     ridge: float = RIDGE
     trust: Literal["auto"] | float = "auto"
+    rescale: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity <= 1:
@@ -125,7 +127,7 @@ class Prune(Pass):
         elif refit and context.calibration is not None:
             del alone  # its moments
             trust = None if self.trust == "auto" else self.trust
-            done = reconstruct(model, named, context.calibration, self.ridge, trust, self.repair)
+            done = reconstruct(model, named, context.calibration, self.ridge, trust, self.rescale, self.repair)
             errors = {refitted.layer.name: refitted.error for refitted in done}
         else:
             apply_masks(layers, named, context)
@@ -208,13 +210,14 @@ def prune_to(
     repair: bool = True,
     ridge: float = RIDGE,
     trust: float | None = None,
+    rescale: bool = True,
 ) -> None:
     """Prune `layers` in place, each to its sparsity by name, with the calibration data of the model's context."""
     context = Context.of(model)
     alone = OneShot(model, layers, context.calibration, pattern, importance, refit)
     masks = {layer.name: alone.mask(layer, sparsities[layer.name]) for layer in layers}
     if refit and context.calibration is not None:
-        for _ in reconstruct(model, masks, context.calibration, ridge, trust, repair):
+        for _ in reconstruct(model, masks, context.calibration, ridge, trust, rescale, repair):
             pass
     else:
         apply_masks(layers, masks, context)

@@ -5,17 +5,13 @@ computed by then and still needed. From one cut to the next both models run as s
 costs two runs over the data, however many layers there are. A cut whose values for all samples exceed `STORE` bytes is
 not kept: the walk then runs again from the last one that was, and memory stays bounded.
 
-A layer's goal is the original's value behind it: its output, or, where it is added to a value z that is known by then
-(a residual connection), that sum less the z of the changed model,
-
-    y = (W x + b + z)_original - z_changed,            x from the changed model
-
-so that the error a residual stream has gathered is repaired by every layer that adds to it.
+A layer's goal is the original's output of that layer, behind its bias; its inputs are those of the changed model. (A
+goal behind a residual sum, which would repair what the stream has gathered, was tried: it fits noise, and outputs are worse.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,26 +30,20 @@ Batch = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Goal:
-    """Where a layer's result is compared: `value`, less `known` of the changed model if that is not None."""
+    """Where a layer's result is compared, and the constant that is added to its product."""
 
     value: ir.Value = field(repr=False)
-    known: ir.Value | None = field(repr=False, default=None)
-    bias: ir.Value | None = field(repr=False, default=None)  # the constant that is added to the layer's product
+    bias: ir.Value | None = field(repr=False, default=None)
 
 
-def goal_of(layer: WeightedLayer, order: Mapping[ir.Node, int]) -> Goal:
-    """The layer's goal: behind its bias, and behind a residual Add whose other operand is computed earlier."""
+def goal_of(layer: WeightedLayer) -> Goal:
+    """The layer's output; of a MatMul with a constant row added to it, the sum."""
     value, bias = layer.node.outputs[0], _own_bias(layer)
     if layer.op == "MatMul" and layer.input_index == 1:
         node, other = _added(value)
         if node is not None and other is not None and _is_bias(other, layer.shape[0]):
             value, bias = node.outputs[0], other
-    node, other = _added(value)
-    if node is not None and other is not None and other.const_value is None and other.shape == value.shape:
-        producer = other.producer()
-        if producer is None or order[producer] < order[layer.node]:
-            return Goal(node.outputs[0], other, bias)
-    return Goal(value, None, bias)
+    return Goal(value, bias)
 
 
 def _own_bias(layer: WeightedLayer) -> ir.Value | None:
@@ -153,17 +143,15 @@ class Replay:
     def pairs(self, layer: WeightedLayer) -> tuple[tuple[Pairs, Pairs], Goal]:
         """Moments of what the layer reads in the model and what it should give, of even and of odd batches."""
         cut = self.order[layer.node]
-        goal = goal_of(layer, self.order)
+        goal = goal_of(layer)
         names = [str(n) for n, made in self._first.items() if made < cut and self._last.get(n, -1) >= cut]
         source, value = str(input_of(layer).name), str(goal.value.name)
-        known = None if goal.known is None else str(goal.known.name)
         folds = Pairs.zeros(layer), Pairs.zeros(layer)
         same, step = not self.differs(layer), thinning(layer, self._count)
         keep: list[tuple[Batch, Batch]] | None = []
         used = 0
         for number, (first, second) in enumerate(self._advance(names, value, same)):
-            y = first[value] if known is None else first[value] - second[known]
-            folds[number % 2].add(columns(layer, second[source], step), outputs(layer, y, step))
+            folds[number % 2].add(columns(layer, second[source], step), outputs(layer, first[value], step))
             if keep is not None:
                 kept = {n: first[n] for n in names}
                 pair = (kept, kept if same else {n: second[n] for n in names})

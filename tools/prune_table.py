@@ -49,6 +49,7 @@ ABLATIONS = {
     "allocation=uniform": "allocation=uniform",
     "refit=layer": "refit=layer",
     "refit=none": "refit=none",
+    "rescale=false": "rescale=false",
     "repair=false": "repair=false",
     "no calibration": "none",
 }

@@ -8,6 +8,7 @@ from sparsec.passes.fold_constants import quiet_session
 from sparsec.passes.layers import weighted_layers
 from sparsec.passes.reconstruct import TRUSTS, held_out_trust, problems, reconstruct
 from sparsec.passes.replay import Pairs, Replay, goal_of
+from sparsec.passes.statistics import Activations
 from sparsec.passes_api import Stacked
 
 RNG = np.random.default_rng(11)
@@ -51,24 +52,19 @@ def by_name(made: ir.Model) -> dict[str, object]:
     return {layer.name: layer for layer in weighted_layers(made)}
 
 
-def test_goals_lie_behind_biases_and_residual_sums(model) -> None:
-    made = model(BLOCK, **block_weights())
-    order = {node: index for index, node in enumerate(made.graph)}
-    goals = [goal_of(layer, order) for layer in weighted_layers(made)]
-    assert [g.value.name for g in goals] == ["a", "b", "d", "s", "y"]
-    assert [g.known.name if g.known else None for g in goals] == [None, None, None, "r", None]
+def test_goals_lie_behind_biases(model) -> None:
+    goals = [goal_of(layer) for layer in weighted_layers(model(BLOCK, **block_weights()))]
+    assert [g.value.name for g in goals] == ["a", "b", "d", "e", "y"]
     assert [g.bias.name if g.bias else None for g in goals] == ["b0", "b1", "b2", "b3", "b4"]
 
 
-def test_a_sum_with_what_comes_later_is_no_goal(model) -> None:
+def test_a_constant_that_others_read_or_a_value_is_no_bias(model) -> None:
     made = model(
-        "g (float[1,4,5,5] x) => (float[1,4,5,5] y) { a = Conv(x, v) b = Conv(x, w) c = Relu(b) y = Add(a, c) }",
-        v=f32(4, 4, 1, 1), w=f32(4, 4, 1, 1),
+        "g (float[1,4] x) => (float[1,4] y, float[1,4] z) { a = MatMul(x, v) b = Add(a, c) d = MatMul(b, w) y = Add(d, x)"
+        " z = Add(x, c) }",
+        v=f32(4, 4), w=f32(4, 4), c=f32(4),
     )  # fmt: skip
-    order = {node: index for index, node in enumerate(made.graph)}
-    first, _ = weighted_layers(made)
-    assert goal_of(first, order).value.name == "a"
-    assert goal_of(first, order).known is None
+    assert [g.bias for g in map(goal_of, weighted_layers(made))] == [None, None]
 
 
 @pytest.mark.parametrize("store", [0, 1 << 30])
@@ -91,10 +87,10 @@ def test_moments_of_the_walk_are_those_of_both_models(model, store: int) -> None
         runs = [session.run(names, sample) for sample in samples()]
         return {name: np.concatenate([run[i] for run in runs]) for i, name in enumerate(names)}
 
-    names = ["d", "r", "s"]
+    names = ["d", "e"]
     own, other = values(changed, names), values(original, names)
     x = np.moveaxis(own["d"], 1, 0).reshape(12, -1).astype(np.float64)
-    y = np.moveaxis(other["s"] - own["r"], 1, 0).reshape(8, -1).astype(np.float64)
+    y = np.moveaxis(other["e"], 1, 0).reshape(8, -1).astype(np.float64)
     pairs = found["Conv_5"]
     assert pairs.count == 24 * 64
     np.testing.assert_allclose(pairs.xx[0], x @ x.T / x.shape[1], rtol=1e-4, atol=1e-4)
@@ -161,8 +157,9 @@ def test_reconstruction_keeps_masks_and_comes_closer_to_the_original(model) -> N
     for name, mask in masks.items():
         layer = by_name(masked)[name]
         layer.write(np.where(mask, layer.read(), np.float32(0)))
-    done = list(reconstruct(refitted, masks, samples()))
-    list(reconstruct(pruned_only, masks, samples(), others=False))
+    # Variances are left alone: squared error is least without that.
+    done = list(reconstruct(refitted, masks, samples(), rescale=False))
+    list(reconstruct(pruned_only, masks, samples(), rescale=False, others=False))
     assert [r.layer.name for r in done] == ["Conv_2", "Conv_4", "Conv_5", "MatMul_9"]
     assert all(r.error is not None and 0 <= r.error < 1.5 and r.trust in TRUSTS for r in done)
     for made in (refitted, pruned_only):
@@ -227,3 +224,20 @@ def test_held_out_samples_decide_how_much_is_trusted() -> None:
     only_noise = held_out_trust(w, kept, (fold(30, 0.0, 5.0), fold(30, 0.0, 5.0)), True, 1e-3)
     assert systematic == 1.0
     assert only_noise == 0.0
+
+
+def test_every_channel_has_the_variance_of_the_original(model) -> None:
+    weights = block_weights()
+    original, made, plain = (model(BLOCK, **weights) for _ in range(3))
+    mask = np.random.default_rng(9).permuted(np.tile(np.arange(8) > 1, (12, 1)), axis=1).reshape(12, 8, 1, 1)
+    list(reconstruct(made, {"Conv_2": mask}, samples(), others=False))
+    list(reconstruct(plain, {"Conv_2": mask}, samples(), rescale=False, others=False))
+    found = []
+    for each in (original, made, plain):
+        (b,) = [np.concatenate([v["b"] for v in Activations(each).stream(["b"], samples())])]
+        found.append((b.mean(axis=(0, 1, 3, 4)), b.var(axis=(0, 1, 3, 4))))
+    for result in found[1:]:
+        np.testing.assert_allclose(result[0], found[0][0], atol=1e-3)
+    np.testing.assert_allclose(found[1][1], found[0][1], rtol=1e-3)
+    assert (found[2][1] < found[0][1]).all()
+    assert found[2][1].sum() < 0.9 * found[0][1].sum()
