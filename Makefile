@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help demo test lint types wheel clean qemu
+.PHONY: help demo test test-torch lint types wheel clean qemu
 
 help:
 	@echo "make demo    install, then compile, run and verify the shipped model on host and arm"
 	@echo "make test    install, then run the whole suite"
+	@echo "make test-torch   install torch too, then run the tests that need it"
 	@echo "make lint    ruff          make types   mypy"
 	@echo "make wheel   build the wheel into dist/"
 
@@ -24,6 +25,10 @@ demo: $(BIN)/.installed
 
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+test-torch: $(BIN)/.installed
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[torch]'
+	$(BIN)/python -m pytest tests/passes/test_torch_graph.py tests/passes/test_recover.py
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

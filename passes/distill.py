@@ -18,7 +18,8 @@ cannot move the mean. The mask does not disturb it, as it would a full whitening
 
 What both models compute alike in front of the first change is computed once, without gradients. The learning rate warms
 up and falls as half a cosine over the time or steps allowed. An average of the weights over the last steps is what is
-judged, on samples held out; the best one is kept, the start included.
+judged; the best one is kept, the start included. The judges are views of samples held out, not the samples themselves:
+passes before this one may have fitted the model to every calibration sample, and would look perfect on them.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ Tell = Callable[[str, float], None]  # what, share done
 TINY = 1e-12
 EVALUATIONS = 12  # in a run, after the one before it
 HELD_OUT = 0.1
+JUDGED = 3  # views of each sample held out
 WARM_UP = 0.05  # share of the run
 
 
@@ -164,10 +166,15 @@ class Samples:
             yield rest[:size]
             rest = rest[size:]
 
-    def held_out(self, size: int) -> Iterator[dict[str, Tensor]]:
-        """The held-out samples in batches."""
-        for start in range(0, len(self.held), size):
-            yield self.take(self.held[start : start + size])
+    def held_out(self, size: int, views: Views | None) -> Iterator[dict[str, Tensor]]:
+        """The held-out samples in batches; with `views`, `JUDGED` fixed views of each instead."""
+        generator = torch.Generator().manual_seed(JUDGED)
+        for _ in range(1 if views is None else JUDGED):
+            for start in range(0, len(self.held), size):
+                feeds = self.take(self.held[start : start + size])
+                if views is not None:
+                    feeds = draw_views(feeds, views, generator)
+                yield {name: _channels_last(x) for name, x in feeds.items()}
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -245,11 +252,11 @@ class _Weights:
         return arrays
 
 
-def held_out_divergence(task: Task, samples: Samples, weights: dict[str, Tensor], batch: int) -> float:
+def held_out_divergence(task: Task, samples: Samples, weights: dict[str, Tensor], settings: Settings) -> float:
     """Mean divergence of the outputs over the held-out samples."""
     total, count = 0.0, 0
     with torch.no_grad():
-        for feeds in samples.held_out(batch):
+        for feeds in samples.held_out(settings.batch, settings.views):
             wanted = list(dict.fromkeys([*task.teacher.outputs, *task.shared]))
             truth = task.teacher.run(feeds, wanted)
             found = task.student.run(feeds, None, weights, {name: truth[name] for name in task.shared})
@@ -269,7 +276,7 @@ def distill(
     weights = _Weights(trainables, settings, device)
     optimizer = _optimizer(weights.parameters(), settings)
     clock = Clock(settings, device)
-    before = best = held_out_divergence(task, samples, weights.build(), settings.batch)
+    before = best = held_out_divergence(task, samples, weights.build(), settings)
     kept = weights.export(weights.build())
     mean = {name: w.detach().clone() for name, w in weights.build().items()}
     steps = seen = stale = 0
@@ -296,7 +303,7 @@ def distill(
                 mean[name].lerp_(w, 1 - fade)
         if clock.share(steps) >= next_check:
             next_check += 1 / EVALUATIONS
-            found = held_out_divergence(task, samples, mean, settings.batch)
+            found = held_out_divergence(task, samples, mean, settings)
             tell(
                 f"step {steps}, held-out {found:.4g} (was {before:.4g}), {clock.left(steps)}",
                 min(clock.share(steps), 1.0),

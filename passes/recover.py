@@ -25,7 +25,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from sparsec.errors import RecipeError, RuntimeUnavailable
+from sparsec.errors import RecipeError, RuntimeUnavailable, UsageError
 from sparsec.passes.layers import FLOATS, WeightedLayer, as_layer
 from sparsec.passes.matching import Agreement, agreement, put_back
 from sparsec.passes_api import Context, Pass, PassResult, Samples
@@ -131,7 +131,12 @@ class Recover(Pass):
             from sparsec.loading import load_model
 
             shapes = {str(x.name): tuple(int(str(d)) for d in x.shape or ()) for x in model.graph.inputs}
-            teacher = load_model(self.teacher, shapes, None, [])
+            try:
+                teacher = load_model(self.teacher, shapes, None, [])
+            except UsageError as error:
+                raise RecipeError(
+                    f"the teacher has other inputs than the model: {error.message}", self.teacher
+                ) from error
         elif context.original is not None:
             teacher = ir.from_proto(onnx.load_model_from_string(context.original))
         else:
@@ -319,5 +324,5 @@ def _store(value: ir.Value, array: np.ndarray) -> bool:
     after = np.where(before == 0, before, after) if array.ndim > 1 else after
     if np.array_equal(after, before):
         return False
-    value.const_value = ir.Tensor(np.ascontiguousarray(after), dtype=tensor.dtype, name=value.name)
+    value.const_value = ir.Tensor(np.asarray(after, order="C"), dtype=tensor.dtype, name=value.name)
     return True

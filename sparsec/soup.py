@@ -61,7 +61,7 @@ def average(models: Sequence[ir.Model], taken: Sequence[int] | None = None) -> i
         mean = np.where((mean == 0) & (first != 0), first, mean) if first.ndim > 1 else mean
         value = result.graph.initializers[name]
         assert value.const_value is not None
-        value.const_value = ir.Tensor(np.ascontiguousarray(mean), dtype=value.const_value.dtype, name=name)
+        value.const_value = ir.Tensor(np.asarray(mean, order="C"), dtype=value.const_value.dtype, name=name)
     return result
 
 

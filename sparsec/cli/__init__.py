@@ -18,6 +18,7 @@ import click
 
 from sparsec.cli.compiling import compile_verb, rewrite_verb
 from sparsec.cli.listings import kernels_verb, models_verb, passes_verb, targets_verb
+from sparsec.cli.masks import mask_verb, soup_verb
 from sparsec.cli.tuning import tune_verb
 from sparsec.cli.using import bench_verb, inspect_verb, run_verb, verify_verb
 from sparsec.errors import SparsecError, UsageError
@@ -30,6 +31,8 @@ VERBS: tuple[click.Command, ...] = (
     verify_verb,
     bench_verb,
     tune_verb,
+    mask_verb,
+    soup_verb,
     run_verb,
     models_verb,
     passes_verb,
