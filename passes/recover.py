@@ -55,8 +55,8 @@ class Recover(Pass):
     steps: int = 0
     train: Literal["all", "bias", "lowrank"] = "all"
     rank: int = 8
-    rate: float = 1e-2
-    batch: int = 32
+    rate: float = 5e-3
+    batch: int = 16
     temperature: float = 1.0
     features: float = 1.0
     augment: bool = True
