@@ -179,7 +179,13 @@ def judge(machine: Machine, observations: Sequence[Observation]) -> dict[str, fl
     layers: dict[int, list[Measured]] = {}
     for o in observations:
         row = Measured(
-            o.form.name, o.tiling.rows, o.tiling.vectors, o.tiling.lanes, o.tiling.depth, o.predicted_us(machine), o.measured_us
+            o.form.name,
+            o.tiling.rows,
+            o.tiling.vectors,
+            o.tiling.lanes,
+            o.tiling.depth,
+            o.predicted_us(machine),
+            o.measured_us,
         )
         layers.setdefault(o.layer, []).append(row)
     return tuner.summary([Entry({}, tuple(rows)) for rows in layers.values()])
