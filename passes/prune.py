@@ -21,7 +21,7 @@ Magnitude pruning: Han et al. 2015, arXiv:1506.02626.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -68,7 +68,7 @@ class Prune(Pass):
     allocation: Literal["auto", "uniform", "erk", "random", "sensitivity", "search", "random-search"] = "auto"
     budget: Literal["weights", "flops", "latency"] = "weights"
     samples: int = 64
-    state: str = ""
+    state: str = field(default="", metadata={"recorded": False})
     refit: Literal["network", "layer", "none"] = "network"
     repair: bool = True
     ridge: float = RIDGE

@@ -6,7 +6,8 @@ costs two runs over the data, however many layers there are. A cut whose values 
 not kept: the walk then runs again from the last one that was, and memory stays bounded.
 
 A layer's goal is the original's output of that layer, behind its bias; its inputs are those of the changed model. (A
-goal behind a residual sum, which would repair what the stream has gathered, was tried: it fits noise, and outputs are worse.)
+goal behind a residual sum would repair what the stream has gathered; in the runs that had it, together with no rescaling
+of variances, outputs were worse.)
 """
 
 from __future__ import annotations

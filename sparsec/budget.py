@@ -177,7 +177,7 @@ def fit_budget(
         "budget": str(budget), "drop": judge.measure, "samples": len(judging), "chosen": made.point.record(),
         "curve": [point.record() for point in points],
     }  # fmt: skip
-    records = [{**record, "options": _lasting(record["options"])} for record in made.records]
+    records = [dict(record) for record in made.records]
     records[-1]["budget"] = curve
     return ir.from_proto(onnx.load_model_from_string(made.data)), records
 
@@ -191,11 +191,6 @@ def best_pruning(folder: Path, rearrange: bool = True) -> Pruning:
         return [*moved, f"prune:block={block},sparsity={removed:.6f},budget=latency,state={state}"]
 
     return passes
-
-
-def _lasting(options: dict[str, Any]) -> dict[str, Any]:
-    """Options without the file in a folder that is gone."""
-    return {key: value for key, value in options.items() if key != "state"}
 
 
 class Part:

@@ -279,6 +279,7 @@ class _Option:
     name: str
     type: Any
     default: Any
+    recorded: bool = True  # False, by the field's metadata: where something lies, which the manifest does not say
 
 
 def _options(cls: Any) -> list[_Option]:
@@ -291,7 +292,7 @@ def _options(cls: Any) -> list[_Option]:
             default = f.default if f.default is not dataclasses.MISSING else _REQUIRED
             if f.default_factory is not dataclasses.MISSING:
                 default = f.default_factory()
-            options.append(_Option(f.name, hints.get(f.name, str), default))
+            options.append(_Option(f.name, hints.get(f.name, str), default, f.metadata.get("recorded", True)))
         return options
     function = cls.__init__ if inspect.isclass(cls) else None
     if function is None or function is object.__init__:
@@ -413,10 +414,10 @@ def _plain(value: Any) -> Any:
 
 
 def option_values(instance: Any) -> dict[str, Any]:
-    """The options of a pass object in JSON's types; {} for passes that are no dataclasses."""
+    """The options of a pass object in JSON's types, paths left out; {} for passes that are no dataclasses."""
     if not dataclasses.is_dataclass(instance) or isinstance(instance, type):
         return {}
-    return {o.name: _plain(getattr(instance, o.name)) for o in _options(type(instance))}
+    return {o.name: _plain(getattr(instance, o.name)) for o in _options(type(instance)) if o.recorded}
 
 
 # ---- specs and steps

@@ -12,7 +12,7 @@ from sparsec.passes.fold_constants import quiet_session
 from sparsec.passes.layers import as_layer, block_sums, select_layers, weighted_layers
 from sparsec.passes.masks import Pattern, n_of_m_mask
 from sparsec.passes.prune import prune_to
-from sparsec.passes_api import Context
+from sparsec.passes_api import Context, option_values
 
 RNG = np.random.default_rng(3)
 CHAIN = """g (float[1,3,8,8] x) => (float[1,10] y) {
@@ -420,3 +420,8 @@ def test_sparsities_by_layer(model) -> None:
     layers = select_layers(made).layers
     prune_to(made, layers, {"Conv_2": 0.25, "Conv_5": 0.75}, Pattern.parse("4x1"))
     assert [zero_share([layer.read()]) for layer in layers] == [0.25, 0.75]
+
+
+def test_where_a_state_file_lies_is_not_recorded():
+    assert "state" not in option_values(Prune(state="somewhere/state.json"))
+    assert option_values(Prune(sparsity=0.25))["sparsity"] == 0.25
