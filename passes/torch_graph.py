@@ -25,8 +25,9 @@ import onnx_ir as ir
 import torch
 
 from sparsec.errors import UnsupportedError
-from sparsec.passes.torch_ops import OPERATORS, Function, Spec, Unsupported
+from sparsec.passes.torch_ops import OPERATORS
 from sparsec.passes.torch_recurrent import RECURRENT
+from sparsec.passes.torch_spec import Function, Spec, Unsupported
 
 Tensor = torch.Tensor
 ROUNDING = 1e-4  # of max |value|: far above float32 rounding of two ways to sum, far below a mixed-up batch

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from sparsec.passes.torch_ops import Function, Spec, Tensor, Unsupported
+from sparsec.passes.torch_spec import Function, Spec, Tensor, Unsupported
 
 Cell = Callable[[Tensor, tuple[Tensor, ...], Tensor, Tensor], tuple[Tensor, ...]]
 

@@ -19,26 +19,12 @@ import pytest
 from onnx import TensorProto, helper
 from samples import pair_artifact, pair_inputs, pair_model
 
-from sparsec import cli
 from sparsec.artifact import FILES
 from sparsec.cli.arguments import parse_binds, parse_inputs, parse_shapes
 from sparsec.errors import UsageError
 from sparsec.runtimes.emulated import find_emulator
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run(verb, option, ...)` -> exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = cli.run([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import onnx_ir as ir
 import pytest
 from samples import pair_model
 
-from sparsec import cli
 from sparsec.data import write_npz
 from sparsec.errors import DataError, ModelError
 from sparsec.loading import load_model, model_bytes
@@ -22,19 +21,6 @@ from sparsec.passes.layers import weighted_layers
 from sparsec.soup import average, check_alike, soup
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run(verb, option, ...)` -> exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = cli.run([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def pruned(block: str = "4x1", sparsity: float = 0.5) -> ir.Model:
