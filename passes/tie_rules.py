@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -337,30 +338,26 @@ def _resize(ties: Ties, node: ir.Node) -> set[int]:
 # ---- views and copies
 
 
+def _string(ties: Ties, parts: Sequence[ir.Value | None], whole: ir.Value | None, along: int) -> None:
+    """`parts` lie one behind the other in `whole` on axis `along` and are as wide on the others."""
+    offset = 0
+    for part in parts:
+        for axis in range(len(shape_of(whole))):
+            atoms, own = ties.axis(whole, axis).atoms, ties.axis(part, axis)
+            ties.tie(own, atoms[offset : offset + own.size] if axis == along else atoms)
+        offset += shape_of(part)[along]
+
+
 def _concat(ties: Ties, node: ir.Node) -> set[int]:
     y = node.outputs[0]
-    rank = len(shape_of(y))
-    joined, offset = node.attributes.get_int("axis", 0) % rank, 0
-    for x in node.inputs:
-        for axis in range(rank):
-            part = ties.axis(x, axis)
-            whole = ties.axis(y, axis).atoms
-            ties.tie(part, whole[offset : offset + part.size] if axis == joined else whole)
-        offset += shape_of(x)[joined]
+    _string(ties, node.inputs, y, node.attributes.get_int("axis", 0) % len(shape_of(y)))
     return _all(node)
 
 
 def _split(ties: Ties, node: ir.Node) -> set[int]:
     _refuse_old_form(ties, node, "split")
     x = node.inputs[0]
-    rank = len(shape_of(x))
-    cut, offset = node.attributes.get_int("axis", 0) % rank, 0
-    for y in node.outputs:
-        for axis in range(rank):
-            part = ties.axis(y, axis)
-            whole = ties.axis(x, axis).atoms
-            ties.tie(whole[offset : offset + part.size] if axis == cut else whole, part)
-        offset += shape_of(y)[cut]
+    _string(ties, node.outputs, x, node.attributes.get_int("axis", 0) % len(shape_of(x)))
     return {0}
 
 
