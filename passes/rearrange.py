@@ -227,7 +227,9 @@ class _State:
                     continue  # its blocks hold other sets of units: not searched for, but counted before it is accepted
                 mine = positions[flat]
                 rest = np.delete(score, mine, axis=0)
-                others = np.add.reduceat(rest, np.arange(0, len(rest), group), axis=0).reshape(-1) if len(rest) else []
+                others = np.zeros(0, np.float32)
+                if len(rest):
+                    others = np.add.reduceat(rest, np.arange(0, len(rest), group), axis=0).reshape(-1)
                 features = np.ascontiguousarray(score[mine])
                 if self.stored and not self.pattern.keep:
                     parts.append(Part(np.minimum(features, 1), threshold=1.0))

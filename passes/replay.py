@@ -106,8 +106,10 @@ class Pairs:
         """Both, as if seen together; of means."""
         count = self.count + other.count
         a, b = (p.count / max(count, 1) for p in (self, other))
-        fields = ("xx", "yx", "yy", "x", "y")
-        return Pairs(*(a * getattr(self, f) + b * getattr(other, f) for f in fields), count)
+        return Pairs(
+            a * self.xx + b * other.xx, a * self.yx + b * other.yx, a * self.yy + b * other.yy,
+            a * self.x + b * other.x, a * self.y + b * other.y, count,
+        )  # fmt: skip
 
     def means(self) -> Pairs:
         """Sums divided by the count, in place."""

@@ -133,7 +133,7 @@ def _shape(value: ir.Value) -> tuple[int, ...]:
     """The static shape, () if it is not known."""
     if value.shape is None or not value.shape.is_static():
         return ()
-    return tuple(int(d) for d in value.shape.dims)
+    return value.shape.numpy()
 
 
 def _session(
@@ -143,7 +143,9 @@ def _session(
     used: dict[str, ir.Value] = {}
     for node in nodes:
         graph.node.append(ir.serde.serialize_node(node))
-        used.update({name: model.graph.initializers[name] for name in _reads(node) if name in model.graph.initializers})
+        for name in _reads(node):
+            if name is not None and name in model.graph.initializers:
+                used[name] = model.graph.initializers[name]
     targets = _leading_ones(nodes) if batched else {}
     for name, value in used.items():
         assert value.const_value is not None

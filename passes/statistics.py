@@ -176,7 +176,8 @@ def gather(
     context = Context.of(model)
     done = 0
     while done < len(layers):
-        chosen, used = [], 0
+        chosen: list[WeightedLayer] = []
+        used = 0
         while done + len(chosen) < len(layers) and (
             not chosen or used + moment_bytes(layers[done + len(chosen)]) <= budget
         ):

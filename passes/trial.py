@@ -87,7 +87,9 @@ class Part:
         proto = ir.to_proto(model)
         graph = proto.graph
         constants = {t.name for t in graph.initializer}
-        changed, inside, outside = set(names or ()), [], []
+        changed = set(names or ())
+        inside: list[onnx.NodeProto] = []
+        outside: list[onnx.NodeProto] = []
         for node in graph.node:
             depends = names is None or any(name in changed for name in node.input)
             (inside if depends else outside).append(node)
@@ -192,33 +194,32 @@ class Trials:
 
     def damages(self, sparsities: Mapping[str, float]) -> np.ndarray:
         """The damage of each sample."""
-        outputs = self._run(self.weights(sparsities), range(len(self._samples)), in_parallel)
+        outputs = self._run(self.weights(sparsities), range(len(self._samples)))
         return self._fidelity.damages(outputs)
 
     def damages_of(self, several: Sequence[Mapping[str, float]], rows: Sequence[int]) -> list[float]:
         """The mean damage of each allocation on the samples `rows`."""
 
         def one(weights: Weights) -> float:
-            outputs = self._run(weights, rows, _in_turn)
+            outputs = self._run(weights, rows, parallel=False)
             return float(self._fidelity.damages(outputs, np.asarray(rows)).mean())
 
         return in_parallel(one, [self.weights(sparsities) for sparsities in several])
 
     def measured(self, sparsities: Mapping[str, float]) -> tuple[float, float | None]:
         """Mean damage over all samples, and the share of them whose top class changed (None: no classifier)."""
-        outputs = self._run(self.weights(sparsities), range(len(self._samples)), in_parallel)
+        outputs = self._run(self.weights(sparsities), range(len(self._samples)))
         changed = float(self._fidelity.changed(outputs).mean()) if self._fidelity.classifies else None
         return float(self._fidelity.damages(outputs).mean()), changed
 
-    def _run(
-        self, weights: Weights, rows: Sequence[int], order: Callable[[Callable[[int], T], Sequence[int]], list[T]]
-    ) -> list[np.ndarray]:
+    def _run(self, weights: Weights, rows: Sequence[int], parallel: bool = True) -> list[np.ndarray]:
         session = self._whole.session(weights)
 
         def one(row: int) -> list[np.ndarray]:
             return session.run(None, {name: self._samples[row][name] for name in self._whole.inputs})
 
-        return [np.stack(ys) for ys in zip(*order(one, rows), strict=True)]
+        results = in_parallel(one, rows) if parallel else _in_turn(one, rows)
+        return [np.stack(ys) for ys in zip(*results, strict=True)]
 
 
 def _in_turn(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
