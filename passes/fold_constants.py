@@ -11,7 +11,7 @@ so that shape arithmetic of any depth folds in one walk once the input shapes ar
 initializers; nodes and initializers that nothing reads disappear.
 
 Never folded: random operators; results much larger than what they are made from (`GROWTH_BYTES`); a DequantizeLinear
-of a weight whose reader also reads dequantized activations (that is a quantized layer, its meaning lies in the QDQ).
+of whole numbers (a quantized weight or bias: its stored form is its meaning).
 """
 
 from __future__ import annotations
@@ -269,16 +269,8 @@ def _shape_of(node: ir.Node, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _is_quantized_weight(node: ir.Node) -> bool:
-    if node.op_type != "DequantizeLinear":
-        return False
-    for user, _ in node.outputs[0].uses():
-        for x in user.inputs:
-            producer = x.producer() if x is not None else None
-            if x is node.outputs[0] or producer is None or producer.op_type != "DequantizeLinear":
-                continue
-            if constant(producer.inputs[0]) is None:
-                return True
-    return False
+    x = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+    return x is not None and x.dtype is not None and x.dtype.is_integer()
 
 
 def _inline_branch(graph: ir.Graph, node: ir.Node, branch: ir.Graph) -> list[ir.Node]:

@@ -2,7 +2,8 @@
 
 Operators the importer lacks are replaced by the function body that ONNX defines for them; operators with many inputs become
 chains, because a kernel takes few buffers; Resize becomes gathers at positions computed here, after the formulas of ONNX
-and in the precision of ONNX Runtime, because the importer knows only sizes, not scales; OneHot keeps its element type.
+and in the precision of ONNX Runtime, because the importer knows only sizes, not scales; OneHot keeps its element type;
+QuantizeLinear and DequantizeLinear become the arithmetic that ONNX gives for them, ties to even, scales in blocks too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 MANY = 6  # inputs of one kernel; with the output and an intermediate it stays within the ABI's pointers
 
@@ -44,6 +45,13 @@ class _Context:
         if name not in self.types:
             raise ExpansionError(f"the shape of {name!r} is unknown")
         return tuple(d.dim_value for d in self.types[name].type.tensor_type.shape.dim)
+
+    def element(self, name: str) -> int:
+        """The element type of a value, as ONNX numbers it."""
+        return int(self.type_of(name).tensor_type.elem_type)
+
+    def is_zero(self, name: str) -> bool:
+        return name in self.initializers and not self.value(name).any()
 
     def type_of(self, name: str) -> onnx.TypeProto:
         if name in self.initializers:
@@ -121,6 +129,93 @@ def _pow(node: onnx.NodeProto, context: _Context) -> list[onnx.NodeProto] | None
         return [helper.make_node("Mul", [x, x], [output])]
     other = x if power == 3 else square
     return [helper.make_node("Mul", [x, x], [square]), helper.make_node("Mul", [square, other], [output])]
+
+
+def _quantize(node: onnx.NodeProto, context: _Context) -> list[onnx.NodeProto]:
+    """saturate(round(x / scale) + zero_point), half to even; the zero point is added before the limits apply."""
+    x, scale = node.input[:2]
+    zero = node.input[2] if len(node.input) > 2 else ""
+    output, real = node.output[0], context.element(scale)
+    kind = context.element(zero) if zero else int(_attribute(node, "output_dtype", 0)) or TensorProto.UINT8
+    if kind not in _LIMITS or context.element(x) != real:
+        raise ExpansionError(f"QuantizeLinear to {TensorProto.DataType.Name(kind)} has no lowering")
+    made = _Chain(context, output)
+    y = made.add("Round", made.add("Div", x, made.along(node, scale, x)))
+    if zero and not context.is_zero(zero):
+        y = made.add("Add", y, made.along(node, made.cast(zero, real), x))
+    low, high = (context.constant(f"{output}/limit{v}", np.array(v, _numpy(real))) for v in _LIMITS[kind])
+    made.add("Cast", made.add("Clip", y, low, high), to=kind, result=output)
+    return made.nodes
+
+
+def _dequantize(node: onnx.NodeProto, context: _Context) -> list[onnx.NodeProto]:
+    """(x - zero_point) * scale, the difference in whole numbers."""
+    x, scale = node.input[:2]
+    zero = node.input[2] if len(node.input) > 2 else ""
+    if context.element(x) not in _LIMITS:
+        raise ExpansionError(f"DequantizeLinear of {TensorProto.DataType.Name(context.element(x))} has no lowering")
+    made = _Chain(context, node.output[0])
+    y = made.cast(x, TensorProto.INT32)
+    if zero and not context.is_zero(zero):
+        y = made.add("Sub", y, made.along(node, made.cast(zero, TensorProto.INT32), x))
+    made.add("Mul", made.cast(y, context.element(scale)), made.along(node, scale, x), result=node.output[0])
+    return made.nodes
+
+
+class _Chain:
+    """Nodes of an expansion, named after the value they end in."""
+
+    def __init__(self, context: _Context, output: str) -> None:
+        self.context, self.output = context, output
+        self.nodes: list[onnx.NodeProto] = []
+
+    def add(self, op: str, *inputs: str, result: str = "", **attributes: Any) -> str:
+        name = result or f"{self.output}/{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, inputs, [name], **attributes))
+        return name
+
+    def cast(self, x: str, to: int) -> str:
+        """`x` as element type `to`: a constant at once, else by a Cast."""
+        if x in self.context.initializers:
+            return self.context.constant(f"{self.output}/{x}", self.context.value(x).astype(_numpy(to)))
+        return self.add("Cast", x, to=to)
+
+    def along(self, node: onnx.NodeProto, scale: str, x: str) -> str:
+        """A scale or zero point of `node` so that it broadcasts against `x`: for all, along an axis, or in blocks."""
+        context, shape = self.context, self.context.shape(x)
+        own = context.types[scale].type.tensor_type.shape if scale in context.types else None
+        size = [d.dim_value for d in own.dim] if own is not None else list(context.value(scale).shape)
+        block = int(_attribute(node, "block_size", 0))
+        axis = int(_attribute(node, "axis", 1)) % len(shape) if shape else 0
+        if int(np.prod(size)) == 1:
+            wanted = [1] * len(shape)
+        elif block:
+            array = context.value(scale).repeat(block, axis=axis)
+            return context.constant(f"{self.output}/{scale}/blocks", np.take(array, range(shape[axis]), axis=axis))
+        else:
+            wanted = [shape[axis] if i == axis else 1 for i in range(len(shape))]
+        if size == wanted or not size:
+            return scale
+        if scale in context.initializers:
+            return context.constant(f"{self.output}/{scale}/wide", context.value(scale).reshape(wanted))
+        to = context.constant(f"{self.output}/{scale}/shape", np.array(wanted, np.int64))
+        return self.add("Reshape", scale, to)
+
+
+# Of the types that QuantizeLinear makes: what each holds. int32 is only ever read.
+_LIMITS: dict[int, tuple[int, int]] = {
+    TensorProto.UINT8: (0, 255),
+    TensorProto.INT8: (-128, 127),
+    TensorProto.UINT16: (0, 65535),
+    TensorProto.INT16: (-32768, 32767),
+    TensorProto.UINT4: (0, 15),
+    TensorProto.INT4: (-8, 7),
+    TensorProto.INT32: (-(2**31), 2**31 - 1),
+}
+
+
+def _numpy(kind: int) -> Any:
+    return helper.tensor_dtype_to_np_dtype(kind)
 
 
 def _one_hot(node: onnx.NodeProto, context: _Context) -> list[onnx.NodeProto]:
@@ -287,6 +382,8 @@ def _function_body(node: onnx.NodeProto, context: _Context) -> list[onnx.NodePro
 
 _EXPANSIONS: dict[str, Callable[[onnx.NodeProto, _Context], list[onnx.NodeProto] | None]] = {
     "Concat": _chain,
+    "DequantizeLinear": _dequantize,
+    "QuantizeLinear": _quantize,
     "Sum": _chain,
     "Min": _chain,
     "Max": _chain,

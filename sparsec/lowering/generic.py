@@ -149,20 +149,40 @@ def unsupported(problems: Sequence[str]) -> UnsupportedError:
 
 
 def _groups(nodes: Sequence[onnx_ir.Node]) -> list[list[onnx_ir.Node]]:
-    """Each node with the elementwise nodes of its shape behind it; groups in execution order."""
+    """Each node with its weights' DequantizeLinear before and the elementwise nodes of its shape behind it.
+
+    Groups come in execution order.
+    """
     groups: list[list[onnx_ir.Node]] = []
     home: dict[onnx_ir.Value, int] = {}
+    members = set(nodes)
     for node in nodes:
+        if _weight_reader(node) in members:
+            continue
         sources = [v for v in node.inputs if v is not None and v in home]
         latest = max((home[v] for v in sources), default=-1)
         shapes = {_shape(v) for v in sources if home[v] == latest}
         if latest >= 0 and node.op_type in ELEMENTWISE and node.domain == "" and shapes == {_shape(node.outputs[0])}:
-            groups[latest].append(node)
+            groups[latest] += _with_weights(node)
         else:
             latest = len(groups)
-            groups.append([node])
+            groups.append(_with_weights(node))
         home.update((v, latest) for v in node.outputs)
     return groups
+
+
+def _weight_reader(node: onnx_ir.Node) -> onnx_ir.Node | None:
+    """The one reader of a dequantized constant, which thereby becomes a constant of the reader's kernel."""
+    if node.op_type != "DequantizeLinear" or any(v is not None and v.const_value is None for v in node.inputs):
+        return None
+    uses = list(node.outputs[0].uses())
+    return uses[0].node if len(uses) == 1 and not node.outputs[0].is_graph_output() else None
+
+
+def _with_weights(node: onnx_ir.Node) -> list[onnx_ir.Node]:
+    """`node` behind the DequantizeLinear nodes of its weights."""
+    producers = [v.producer() for v in node.inputs if v is not None]
+    return [p for p in producers if p is not None and _weight_reader(p) is node] + [node]
 
 
 def _shape(value: onnx_ir.Value) -> tuple[int, ...]:
@@ -189,19 +209,21 @@ class _Region:
             self._lower(group, fuse=True)
             return []
         except _Refused as reason:
-            if len(group) > 1:
-                return [problem for node in group for problem in self.add([node])]
+            parts = [_with_weights(node) for node in group if _weight_reader(node) not in group]
+            if len(parts) > 1:
+                return [problem for part in parts for problem in self.add(part)]
             try:
                 self._lower(group, fuse=False)
                 return []
             except _Refused:
-                return [f"{group[0].name or group[0].outputs[0].name} ({group[0].op_type}): {reason}"]
+                return [f"{group[-1].name or group[-1].outputs[0].name} ({group[-1].op_type}): {reason}"]
 
     def _lower(self, group: list[onnx_ir.Node], fuse: bool) -> None:
         model = group_model(group, self.opset)
         module = _import(model, fuse)
-        names = tuple(node.name or str(node.outputs[0].name) for node in group)
-        walk = _Walk(module, model, names[0], "_".join(dict.fromkeys(node.op_type for node in group)))
+        ordered = sorted(group, key=lambda node: _weight_reader(node) in group)  # weights do not name a kernel
+        names = tuple(node.name or str(node.outputs[0].name) for node in ordered)
+        walk = _Walk(module, model, names[0], "_".join(dict.fromkeys(node.op_type for node in ordered)))
         calls = list(walk.calls())
         pieces = [(call, *self._nests(call)) for call in calls]  # all can fail before anything is added
         self.temporaries.update(walk.temporaries)
@@ -288,8 +310,10 @@ def group_model(group: Sequence[onnx_ir.Node], opset: int) -> onnx.ModelProto:
         )
     except ExpansionError as error:
         raise _Refused(str(error)) from error
+    read = {name for proto in protos for name in proto.input}
+    weights = [tensor for name, tensor in initializers.items() if name in read]
     graph = onnx.helper.make_graph(
-        protos, "group", list(inputs.values()), outputs, list(initializers.values()), value_info=list(types.values())
+        protos, "group", list(inputs.values()), outputs, weights, value_info=list(types.values())
     )
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=10)
 

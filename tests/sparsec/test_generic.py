@@ -62,6 +62,9 @@ A, B = floats(2, 5, 7, seed=1), floats(2, 5, 7, seed=2)
 IMAGE = floats(1, 6, 9, 11)
 INTS = np.random.default_rng(5).integers(-9, 9, (3, 10))
 F32 = np.float32
+BYTES = np.random.default_rng(6).integers(0, 256, (1, 6, 9, 11)).astype(np.uint8)
+SIGNED = (BYTES.astype(np.int16) - 128).astype(np.int8)
+HALVES = np.array([[-1e9, -3.75, -1.25, -0.75, -0.25, 0.25, 0.75, 1.25, 40.25, 1e9]], F32)  # halves of the scale 0.5
 
 CASES = [
     *(Case(op, (A, B)) for op in ("Add", "Sub", "Mul", "Div")),
@@ -278,6 +281,42 @@ CASES = [
     Case("Shrink", (floats(3, 9),), attributes={"lambd": 0.5, "bias": 0.1}),
     Case("IsNaN", (np.array([1, np.nan, np.inf], F32),)),
     Case("ScatterND", (floats(5, 4),), (ints(1, 3).reshape(2, 1), floats(2, 4, seed=8))),
+    *(
+        Case(
+            "QuantizeLinear",
+            (x,),
+            (np.array(0.5, F32), np.array(zero, dtype)),
+            name=f"{dtype.__name__}{zero}",
+            opset=21,
+        )
+        for dtype, zero in (
+            (np.uint8, 0),
+            (np.uint8, 117),
+            (np.int8, 0),
+            (np.int8, -128),
+            (np.uint16, 9),
+            (np.int16, -4),
+        )
+        for x in (HALVES,)
+    ),
+    Case("QuantizeLinear", (IMAGE,), (np.array(0.031, F32), np.array(117, np.uint8)), name="image"),
+    Case("QuantizeLinear", (IMAGE,), (positive(6), np.arange(6).astype(np.int8)), {"axis": 1}, "channels"),
+    Case("QuantizeLinear", (HALVES,), (np.array([0.5], F32),), name="no zero point", opset=21),
+    Case("QuantizeLinear", (HALVES,), (np.array(0.5, F32),), {"output_dtype": TensorProto.INT8}, "type", opset=21),
+    Case("DequantizeLinear", (BYTES,), (np.array(0.031, F32), np.array(117, np.uint8))),
+    Case("DequantizeLinear", (SIGNED,), (np.array(0.031, F32), np.array(-128, np.int8)), name="int8"),
+    Case("DequantizeLinear", (SIGNED,), (positive(6), np.arange(6).astype(np.int8)), {"axis": 1}, "channels"),
+    Case("DequantizeLinear", (INTS.astype(np.int32),), (np.array(0.1, F32),), name="int32"),
+    Case("DynamicQuantizeLinear", (IMAGE,), outputs=3),
+    Case("MatMulInteger", (BYTES[0, 0], SIGNED[0, 0].T), (np.uint8(117), np.int8(3))),
+    Case("MaxPool", (BYTES,), attributes={"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}, name="uint8"),
+    Case("MaxPool", (SIGNED,), attributes={"kernel_shape": [3, 3], "strides": [2, 2]}, name="int8"),
+    *(Case("Concat", (x, x[:, :2]), attributes={"axis": 1}, name=f"{x.dtype}") for x in (BYTES, SIGNED)),
+    *(Case("Transpose", (x,), attributes={"perm": [0, 2, 3, 1]}, name=f"{x.dtype}") for x in (BYTES, SIGNED)),
+    *(Case("Split", (x,), (ints(2, 4),), {"axis": 1}, f"{x.dtype}", outputs=2) for x in (BYTES, SIGNED)),
+    Case("Slice", (BYTES,), (ints(1), ints(5), ints(1), ints(2)), name="uint8"),
+    Case("Pad", (BYTES,), (ints(0, 0, 1, 1, 0, 0, 2, 1), np.uint8(117)), name="uint8", opset=18),
+    Case("Resize", (BYTES,), (None, np.array([1, 1, 2, 2], F32)), {"mode": "nearest"}, "uint8", opset=18),
 ]
 
 
@@ -332,6 +371,31 @@ def test_operator(case: Case) -> None:
     for i, reference in enumerate(expected):
         compare(case, reference, results[f"y{i}"])
     assert all(step.nodes == ("node",) for step in region.steps)
+
+
+@pytest.mark.parametrize("stored", [TensorProto.INT4, TensorProto.UINT4, TensorProto.INT8])
+def test_weights_with_scales_in_blocks(stored: int) -> None:
+    """DequantizeLinear of a constant [20, 7], blocks of 8 along the sum, is part of the product behind it."""
+    low, high = (-8, 8) if stored != TensorProto.UINT4 else (0, 16)
+    made = np.random.default_rng(1).integers(low, high, (20, 7))
+    weights = [
+        helper.make_tensor("q", stored, made.shape, made.reshape(-1).tolist()),
+        numpy_helper.from_array(positive(3, 7), "s"),
+        helper.make_tensor("z", stored, (3, 7), [3] * 21),
+    ]
+    nodes = [
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["w"], name="weight", axis=0, block_size=8),
+        helper.make_node("MatMul", ["x", "w"], ["y"], name="product"),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [9, 20])
+    graph = helper.make_graph(nodes, "g", [x], [helper.make_empty_tensor_value_info("y")], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    model = onnx.shape_inference.infer_shapes(model)
+    region, outputs = lower_model(model)
+    assert {step.nodes for step in region.steps} == {("product", "weight")}
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    case = Case("MatMul", (floats(9, 20),), depth=20)
+    compare(case, session.run(None, {"x": case.x[0]})[0], run_region(region, {"x": case.x[0]}, outputs)["y"])
 
 
 def test_unsupported_operators_are_listed_together() -> None:
