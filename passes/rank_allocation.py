@@ -1,0 +1,210 @@
+"""Which form each layer gets, so that all together hold one budget.
+
+Layer l written as form f costs c_l(f), and stays as it is at c_l(dense). Budgets are of the whole model:
+
+    parameters   nonzero weights            flops   nonzero weights times output positions
+    latency      microseconds that the target's cost model predicts for the parts
+
+    uniform       every layer the form of least loss among those that cost at most e * c_l(dense), e the largest that holds
+                  the budget
+    energy        every layer the cheapest form that loses at most 1 - energy of its output's power
+    sensitivity   min sum_l d_l(f_l) subject to sum_l c_l(f_l) <= B, a knapsack (`sparsec.passes.knapsack`) over d_l(f), the
+                  damage to the model's outputs of layer l alone written as f, measured on calibration data
+                  (`sparsec.passes.fidelity`)
+
+Forms of one layer that cost more and lose more than another are not looked at. With a target, forms whose parts would
+not run faster than the layer are dropped, and the reason is kept.
+
+Layers differ in rank: WeLore, arXiv:2407.11239; ranks by damage: ASVD, arXiv:2312.05821.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from sparsec.errors import RecipeError
+from sparsec.passes.allocate import layer_cost
+from sparsec.passes.factors import Factors, layers_of
+from sparsec.passes.fidelity import Fidelity
+from sparsec.passes.knapsack import Level, knapsack
+from sparsec.passes.layers import WeightedLayer
+from sparsec.passes.low_rank import Form
+from sparsec.passes.replay import goal_of
+from sparsec.passes.trial import Part, fetch, in_parallel, pick_samples, reference_outputs
+from sparsec.passes_api import Context, Samples
+
+UNITS = ("parameters", "flops", "latency")
+SHARES = (
+    0.1,
+    0.15,
+    0.2,
+    0.25,
+    0.3,
+    0.35,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+)  # of a layer's weights, that forms are made for
+SLOWER = "no form is predicted to run faster"
+
+
+@dataclass(frozen=True)
+class Way(Level):
+    """A layer in one form; `form` None: as it is. `sparsity`: the share of weights saved; `loss`: of the output's power."""
+
+    form: Form | None = None
+    factors: Factors | None = field(default=None, repr=False)
+    parameters: int = 0
+    loss: float = 0.0
+    us: float | None = None
+
+
+@dataclass(frozen=True)
+class Ways:
+    """The ways to write one layer, the dense one first, then cheapest first. `reason`: why there is no other."""
+
+    layer: WeightedLayer = field(repr=False)
+    ways: tuple[Way, ...]
+    reason: str = ""
+
+    @property
+    def dense(self) -> Way:
+        """The layer as it is."""
+        return self.ways[0]
+
+
+def parts_us(layer: WeightedLayer, factors: Factors, context: Context) -> float | None:
+    """Microseconds predicted for the parts together; None without a target."""
+    price = context.price
+    if price is None:
+        return None
+    dtype = layer.read().dtype
+    return float(sum(price(part, part.read()) for part in layers_of(layer, factors.rounded(dtype))))
+
+
+def parts_cost(layer: WeightedLayer, factors: Factors, unit: str) -> float:
+    """Nonzero weights of the parts, or those times the output positions of each."""
+    name = "flops" if unit == "flops" else "weights"
+    if unit == "parameters":
+        return float(factors.parameters)
+    return sum(layer_cost(part, part.read(), name) for part in layers_of(layer, factors))
+
+
+def dense_cost(layer: WeightedLayer, unit: str, context: Context) -> float:
+    """What the layer costs as it is."""
+    return layer_cost(layer, layer.read(), "weights" if unit == "parameters" else unit, context.price)
+
+
+def look(
+    layer: WeightedLayer, forms: Sequence[Form], build: Callable[[Form], tuple[Factors, float]], unit: str,
+    context: Context, faster: bool,
+) -> Ways:  # fmt: skip
+    """Build `forms` of a layer and keep the nondominated; `build` gives factors and their loss as a share."""
+    weight = layer.read()
+    before = int(np.count_nonzero(weight))
+    us = None if context.price is None else context.price(layer, weight)
+    dense = Way(0.0, 0, dense_cost(layer, unit, context), 0.0, parameters=before, us=us)
+    found, slower, larger = [], 0, 0
+    for form in forms:
+        factors, loss = build(form)
+        count = factors.parameters
+        if count >= before:
+            larger += 1
+            continue
+        own = parts_us(layer, factors, context)
+        if faster and own is not None and us is not None and own >= us:
+            slower += 1
+            continue
+        cost = own if unit == "latency" and own is not None else parts_cost(layer, factors, unit)
+        if cost < dense.cost:
+            found.append(Way(1 - count / before, 0, cost, 0.0, form, factors, count, loss, own))
+    kept: list[Way] = []
+    for way in sorted(found, key=lambda w: (w.cost, w.loss)):
+        if not kept or way.loss < kept[-1].loss:
+            kept.append(way)
+    reason = "" if kept else SLOWER if slower else "no form is smaller"
+    return Ways(layer, (dense, *kept), reason)
+
+
+def uniform(found: Sequence[Ways], budget: float) -> dict[str, Way]:
+    """The largest share of their own cost for all layers that holds the budget; the least loss within it."""
+    total = sum(ways.dense.cost for ways in found)
+    share = min(1.0, budget / total) if total else 1.0
+    while share > 0:
+        chosen = {ways.layer.name: _within(ways, share * ways.dense.cost) for ways in found}
+        if sum(way.cost for way in chosen.values()) <= budget * (1 + 1e-9):
+            return chosen
+        share -= 0.01
+    raise RecipeError(f"the budget of {budget:.6g} cannot be held: the smallest forms together cost more")
+
+
+def _within(ways: Ways, limit: float) -> Way:
+    fitting = [way for way in ways.ways if way.cost <= limit * (1 + 1e-9)]
+    return min(fitting, key=lambda w: w.loss) if fitting else ways.dense
+
+
+def by_energy(found: Sequence[Ways], energy: float) -> dict[str, Way]:
+    """The cheapest way of each layer that keeps the share `energy` of its output's power."""
+    chosen = {}
+    for ways in found:
+        fitting = [way for way in ways.ways if way.loss <= 1 - energy]
+        chosen[ways.layer.name] = min(fitting, key=lambda w: w.cost)
+    return chosen
+
+
+def by_damage(found: Sequence[Ways], budget: float) -> dict[str, Way]:
+    """The ways with the least sum of damages within the budget."""
+    return knapsack({ways.layer.name: ways.ways for ways in found}, budget)  # type: ignore[return-value]
+
+
+def measure(
+    model: ir.Model, found: Sequence[Ways], means: Mapping[str, np.ndarray], calibration: Samples, samples: int
+) -> tuple[list[Ways], str]:
+    """The same ways with their damages, and what a damage is. `means`: E[x] [K] of layers whose bias is corrected."""
+    picked = pick_samples(model, calibration, samples)
+    names, outputs = reference_outputs(model, picked)
+    fidelity, context = Fidelity(names, outputs), Context.of(model)
+    measured = []
+    for done, ways in enumerate(found):
+        layer = ways.layer
+        context.tell(f"damage of {layer.name}", done, len(found))
+        trials = [replaced(layer, way.factors, means.get(layer.name)) for way in ways.ways if way.factors is not None]
+        if not trials:
+            measured.append(ways)
+            continue
+        part = Part(model, list(trials[0]))
+        fed = fetch(model, part.inputs, picked)
+
+        def damage(stored: Mapping[str, np.ndarray], part: Part = part, fed: list = fed) -> float:
+            changed = list(outputs)
+            for index, y in zip(part.outputs, part.run(stored, fed), strict=True):
+                changed[index] = y
+            return float(fidelity.damages(changed).mean())
+
+        damages = in_parallel(damage, trials)
+        made = [_with(way, d) for way, d in zip(ways.ways[1:], damages, strict=True)]
+        measured.append(Ways(layer, (ways.dense, *made), ways.reason))
+    return measured, str(fidelity)
+
+
+def _with(way: Way, damage: float) -> Way:
+    return Way(**{**vars(way), "damage": damage})
+
+
+def replaced(layer: WeightedLayer, factors: Factors, mean: np.ndarray | None) -> dict[str, np.ndarray]:
+    """The layer's initializers when its weight is what `factors` compute, as stored; `mean` [K]: with the bias corrected."""
+    weight = factors.dense()
+    stored = {str(layer.weight.name): layer.stored(weight.astype(layer.read().dtype))}
+    bias = goal_of(layer).bias
+    if mean is not None and bias is not None and bias.const_value is not None:
+        old = bias.const_value.numpy()
+        shift = (layer.read() - weight).reshape(len(weight), -1) @ mean
+        stored[str(bias.name)] = (old + shift.reshape(old.shape)).astype(old.dtype)
+    return stored
