@@ -16,10 +16,11 @@ CHAIN = 128  # terms of a float16 sum: without this limit 512 terms cost 2 % les
 class Machine:
     """The facts about a CPU that kernels and the cost model need; a subset of a target.
 
-    `lanes`: lanes of `element`, float32 or float16, in a vector register. `registers`: architectural vector registers.
+    `lanes`: lanes of `element` (float32, float16, or int32 as words of four 8-bit values) in a vector register. `registers`: architectural vector registers.
     `fma`, `loads`, `uops`: sustained per cycle, for full vectors. `lane_fma`: FMA takes one lane of a register as
     multiplier (Arm), so that weights are loaded as vectors instead of broadcast. `group_cycles`: start and end of a
-    register tile. `row_cycles`: start of one row's copy into the panel.
+    register tile. `row_cycles`: start of one row's copy into the panel. `dot`: the instruction of 8-bit sums
+    (`sparsec.kernels.quantized`), `dots` of them a cycle for full vectors.
     """
 
     lanes: int
@@ -35,11 +36,23 @@ class Machine:
     lane_fma: bool
     group_cycles: float = 10.0
     row_cycles: float = 2.0
+    dot: str = "portable"
+    dots: float = 0.5
     element: str = "float32"
 
     def half(self) -> Machine:
         """The machine computing in float16: twice the lanes."""
         return replace(self, lanes=2 * self.lanes, element="float16")
+
+    def words(self) -> Machine:
+        """The machine computing 8-bit sums: a lane is a word of four products."""
+        single = self.single()
+        return replace(single, fma=single.dots, element="int32")
+
+    @property
+    def signed_dot(self) -> bool:
+        """Whether `dot` takes signed activations."""
+        return self.dot in ("sdot", "smull")
 
     def single(self) -> Machine:
         """The machine computing in float32."""

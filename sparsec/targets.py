@@ -124,7 +124,14 @@ def host_model() -> str:
     return ", ".join(facts) or platform.processor() or platform.machine()
 
 
-_KERNEL_NAMES = {"sse4.2": "sse4_2", "neon": "asimd", "dotprod": "asimddp", "fp16": "asimdhp"}  # in /proc/cpuinfo
+_KERNEL_NAMES = {
+    "sse4.2": "sse4_2",
+    "neon": "asimd",
+    "dotprod": "asimddp",
+    "fp16": "asimdhp",
+    "avx512vnni": "avx512_vnni",
+    "avxvnni": "avx_vnni",
+}  # in /proc/cpuinfo
 
 
 def missing_features(target: Target) -> list[str]:
