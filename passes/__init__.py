@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from sparsec.passes.explicit_pads import ExplicitPads
+from sparsec.passes.factorize import Factorize
 from sparsec.passes.fold_batch_norm import FoldBatchNorm
 from sparsec.passes.fold_constants import FoldConstants
 from sparsec.passes.fuse_layer_norm import FuseLayerNorm
 from sparsec.passes.prune import Prune
 from sparsec.passes.prune_channels import PruneChannels
+from sparsec.passes.quantize import Quantize
 from sparsec.passes.rearrange import Rearrange
 from sparsec.passes.recover import Recover
 from sparsec.passes.remove_no_ops import RemoveNoOps
@@ -22,18 +24,22 @@ BUILT_IN: tuple[type[Pass], ...] = (
     FuseLayerNorm,
     PruneChannels,
     Rearrange,
+    Factorize,
     Prune,
     Recover,
+    Quantize,
 )
 
 __all__ = [
     "BUILT_IN",
     "ExplicitPads",
+    "Factorize",
     "FoldBatchNorm",
     "FoldConstants",
     "FuseLayerNorm",
     "Prune",
     "PruneChannels",
+    "Quantize",
     "Rearrange",
     "Recover",
     "RemoveNoOps",
