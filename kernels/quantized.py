@@ -20,7 +20,7 @@ are packed, which moves values and zero point by 128. The zero point is multipli
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,8 @@ from tvm.tirx.script.builder import ir as T
 
 from sparsec.kernels import emit
 from sparsec.kernels.base import Machine
-from sparsec.kernels.epilogue import NONE, Activation, Residual, activate, keep, reference
 from sparsec.kernels.emit import lanes_of
+from sparsec.kernels.epilogue import NONE, Activation, Residual, activate, keep, reference
 
 WORD = 4  # products of a word
 _PLAIN = ("none", "relu", "clip")  # activations that are bounds of the 8-bit result

@@ -12,8 +12,9 @@ from sparsec.kernels.base import roofline_us
 from sparsec.kernels.emit import HALF_MAX
 from sparsec.lowering.calls import Call, Calls, check_sizes
 from sparsec.lowering.generic import lower_generic, unsupported
-from sparsec.lowering.match import constant, dims
+from sparsec.lowering.match import Group, constant, dims
 from sparsec.lowering.plan import plan
+from sparsec.lowering.quantized import unread
 from sparsec.lowering.rules.base import Context, Taken, declare
 from sparsec.lowering.select import select
 from sparsec.program import Layer, Program
@@ -61,6 +62,7 @@ def schedule(graph: ir.Graph, target: Target, tuning: Choices | None = None) -> 
     """What runs, in order: groups with a kernel, and runs of nodes (each with the reason) for the generic route."""
     position = {node: i for i, node in enumerate(graph)}
     claimed: set[ir.Node] = set()
+    groups: dict[ir.Node, Group] = {}
     items: list[tuple[int, Taken | tuple[ir.Node, str]]] = []
     for node in graph:
         if node in claimed:
@@ -68,10 +70,12 @@ def schedule(graph: ir.Graph, target: Target, tuning: Choices | None = None) -> 
         taken = select(node, Context(target.machine, claimed, tuning))
         if isinstance(taken, Taken):
             claimed.update(taken.group.nodes)
+            groups.update(dict.fromkeys(taken.group.nodes, taken.group))
             items.append((max(position[n] for n in taken.group.nodes), taken))
         else:
             items.append((position[node], (node, taken)))
     items = [item for item in items if isinstance(item[1], Taken) or item[1][0] not in claimed]
+    items = [item for item in items if not unread(_first(item[1]), groups)]
     ordered: list[Taken | list[tuple[ir.Node, str]]] = []
     for _, item in sorted(items, key=lambda item: item[0]):
         if isinstance(item, Taken):
@@ -81,6 +85,10 @@ def schedule(graph: ir.Graph, target: Target, tuning: Choices | None = None) -> 
         else:
             ordered.append([item])
     return ordered
+
+
+def _first(item: Taken | tuple[ir.Node, str]) -> ir.Node:
+    return item.group.main if isinstance(item, Taken) else item[0]
 
 
 def _check_range(items: list[Taken | list[tuple[ir.Node, str]]]) -> None:

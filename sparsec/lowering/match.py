@@ -65,10 +65,35 @@ def dims(value: ir.Value) -> tuple[int, ...]:
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
-    """The array of an initializer, or None for anything computed."""
-    if value is None or value.const_value is None:
+    """The array of an initializer, dequantized where it is stored quantized, or None for anything computed."""
+    if value is None:
         return None
-    return value.const_value.numpy()
+    if value.const_value is not None:
+        return value.const_value.numpy()
+    node = value.producer()
+    return _dequantized(node) if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def _dequantized(node: ir.Node) -> np.ndarray | None:
+    """What a DequantizeLinear of constants gives: (integers - zero point) * scale in float32, as ONNX defines it."""
+    if any(value is not None and value.const_value is None for value in node.inputs):
+        return None
+    integers, scale = constant(node.inputs[0]), constant(node.inputs[1])
+    zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    if integers is None or scale is None or scale.dtype != np.float32:
+        return None
+    axis, block = int(attribute(node, "axis", 1)), int(attribute(node, "block_size", 0))
+
+    def spread(parameter: np.ndarray) -> np.ndarray:
+        if block:
+            return np.repeat(parameter, block, axis)[tuple(slice(size) for size in integers.shape)]
+        shape = [1] * integers.ndim
+        if parameter.size > 1:
+            shape[axis % integers.ndim] = parameter.size
+        return parameter.reshape(shape)
+
+    whole = integers.astype(np.int64) - (0 if zero is None else spread(zero).astype(np.int64))
+    return np.asarray(whole.astype(np.float32) * spread(scale))
 
 
 def scalar(value: ir.Value | None) -> float | None:
