@@ -8,37 +8,43 @@ static shape and a type. Deterministic; weights keep their values except where B
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx import inliner, version_converter
 from onnx_ir.passes import common
 
 from sparsec.errors import ModelError, SparsecError, UnsupportedError, UsageError
-from sparsec.passes import ExplicitPads, FoldBatchNorm, FoldConstants, FuseLayerNorm, RemoveNoOps
+from sparsec.opsets import inline_functions, listed, to_working_opset
+from sparsec.passes import (
+    ExplicitPads,
+    FoldBatchNorm,
+    FoldConstants,
+    FuseLayerNorm,
+    ImportQOperator,
+    NormalizeQdq,
+    RemoveNoOps,
+)
 from sparsec.passes.fold_constants import has_subgraph, remove_unused_initializers, static_shape
+from sparsec.passes.import_qoperator import IMPORTED
 from sparsec.passes_api import META_KEY, Pass
 from sparsec.reading import check_proto, read_proto
 from sparsec.targets import suggest
 
-OPSET = 21  # what passes and lowering see; ONNX Runtime >= 1.20 runs it
-IR_VERSION = 10  # of opset 21
-
-# Shapes first (the others need them); again at the end, since folding may leave constants to fold.
+# Shapes first (the others need them) but behind what has no standard operator yet; again at the end, since folding may
+# leave constants to fold.
 NORMALISE: tuple[Pass, ...] = (
+    ImportQOperator(),
     FoldConstants(),
     RemoveNoOps(),
+    NormalizeQdq(),
     ExplicitPads(),
     FoldBatchNorm(),
     FoldConstants(),
     FuseLayerNorm(),
 )
-
-STANDARD_DOMAINS = ("", "ai.onnx")
-LISTED = 20  # unsupported things named in one message; the rest are counted
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -73,7 +79,7 @@ def load_model(
 def _load(
     proto: onnx.ModelProto, shapes: dict[str, Any], bind: dict[str, Any], where: str, notes: list[str]
 ) -> ir.Model:
-    model = ir.from_proto(_upgrade(_inline(proto, where), where))
+    model = ir.from_proto(to_working_opset(inline_functions(proto, where), where))
     _name_nodes(model.graph)
     _drop_initializer_inputs(model.graph, bind, notes)
     _fix_shapes(model.graph, shapes, bind, where, notes)
@@ -93,85 +99,6 @@ def normalise(model: ir.Model) -> None:
     remove_unused_initializers(model.graph)
     common.TopologicalSortPass()(model)
     model.meta.pop(META_KEY, None)
-
-
-# ---- opset
-
-
-def _inline(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
-    if proto.functions:
-        try:
-            proto = inliner.inline_local_functions(proto)
-        except Exception as error:
-            raise ModelError(f"its functions cannot be inlined: {' '.join(str(error).split())[:300]}", where) from error
-    problems = [
-        f"{node.op_type} {node.name!r} of domain {node.domain!r}"
-        for node in _all_nodes(proto.graph)
-        if node.domain not in STANDARD_DOMAINS
-    ]
-    if problems:
-        raise UnsupportedError(f"only standard ONNX operators are supported: {_listed(problems)}", where)
-    return proto
-
-
-def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _all_nodes(attribute.g)
-            for inner in attribute.graphs:
-                yield from _all_nodes(inner)
-
-
-def _upgrade(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
-    versions = [o.version for o in proto.opset_import if o.domain in STANDARD_DOMAINS]
-    version = max(versions, default=1)
-    if version < OPSET:
-        try:
-            proto = version_converter.convert_version(proto, OPSET)
-        except Exception as error:
-            text = " ".join(str(error).split())[:300]
-            what = f"cannot be upgraded from opset {version} to {OPSET}: {text}"
-            raise UnsupportedError(f"{what}; export it again at opset 18 or later", where) from error
-    elif version > OPSET:
-        newer = sorted({_newer(n, version) for n in _all_nodes(proto.graph)} - {""})
-        if newer:
-            what = f"opset {version} is newer than {OPSET}, and these operators changed since: {_listed(newer)}"
-            raise UnsupportedError(f"{what}; export it again at opset {OPSET} or earlier", where)
-    del proto.opset_import[:]
-    proto.opset_import.append(onnx.helper.make_opsetid("", OPSET))
-    proto.ir_version = IR_VERSION
-    return proto
-
-
-def _newer(node: onnx.NodeProto, version: int) -> str:
-    """The operator's name if the node means something at `version` that it does not at `OPSET`.
-
-    A newer operator version that only widened its types, or added attributes and inputs the node does not use, is the
-    same operator.
-    """
-    try:
-        new = onnx.defs.get_schema(node.op_type, version, "")
-        old = onnx.defs.get_schema(node.op_type, OPSET, "")
-    except onnx.defs.SchemaError:
-        return node.op_type
-    if new.since_version == old.since_version:
-        return ""
-    used = {a.name for a in node.attribute}
-    same_attributes = all(
-        name in new.attributes and _default(new.attributes[name]) == _default(attribute)
-        for name, attribute in old.attributes.items()
-    )
-    same_inputs = [i.name for i in new.inputs][: len(old.inputs)] == [i.name for i in old.inputs]
-    fits = (
-        len(node.input) <= max(old.max_input, 0) and len(node.output) <= old.max_output and used <= set(old.attributes)
-    )
-    return "" if same_attributes and same_inputs and fits else node.op_type
-
-
-def _default(attribute: onnx.defs.OpSchema.Attribute) -> tuple[Any, ...]:
-    return attribute.type, attribute.required, attribute.default_value.SerializeToString()
 
 
 # ---- names, inputs and shapes
@@ -239,7 +166,7 @@ def _fix_shapes(graph: ir.Graph, shapes: dict[str, Any], bind: dict[str, Any], w
         example = "x".join(str(d) if _is_size(d) else "N" for d in fixed)
         problems.append(f"input {value.name!r}: {open_dims}; give --shape {value.name}:{example} with a number for N")
     if problems:
-        raise UnsupportedError(f"every shape must be fixed at compile time: {_listed(problems)}", where)
+        raise UnsupportedError(f"every shape must be fixed at compile time: {listed(problems)}", where)
     for name, given in bind.items():
         _bind(graph, next(v for v in graph.inputs if v.name == name), given)
 
@@ -261,7 +188,8 @@ def _symbols(graph: ir.Graph, shapes: dict[str, Any], bind: dict[str, Any], note
             continue
         shape = tuple(int(d) for d in shapes[value.name])
         declared = "x".join("?" if not isinstance(d, int) else str(d) for d in dims) if dims is not None else "any"
-        wrong = any(d < 1 for d in shape) or (dims is not None and len(dims) != len(shape))
+        wrong = dims is not None and len(dims) != len(shape)
+        wrong |= any(d < 0 or (d == 0 and (dims is None or wrong or dims[i] != 0)) for i, d in enumerate(shape))
         if not wrong and dims is not None:
             for dim, size in zip(dims, shape, strict=True):
                 if isinstance(dim, int) and dim > 0:
@@ -328,24 +256,22 @@ def _forget_inferred_shapes(graph: ir.Graph) -> None:
 # ---- what cannot be compiled
 
 
-def _listed(problems: list[str]) -> str:
-    more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-    return "; ".join(problems[:LISTED]) + more
-
-
 def _refuse_types(graph: ir.Graph, where: str) -> None:
     problems = []
     for value in (*graph.inputs, *graph.outputs):
         if value.type is not None and (not isinstance(value.type, ir.TensorType) or value.dtype == ir.DataType.STRING):
             problems.append(f"{value.name!r} is {value.type}")
     if problems:
-        raise UnsupportedError(f"inputs and outputs must be tensors of numbers: {_listed(problems)}", where)
+        raise UnsupportedError(f"inputs and outputs must be tensors of numbers: {listed(problems)}", where)
 
 
 def _refuse_unfinished(model: ir.Model, where: str) -> None:
     problems = []
     for node in model.graph:
         what = f"{node.op_type} {node.name!r}"
+        if node.domain not in STANDARD_DOMAINS:
+            problems.append(f"{what}: no standard ONNX operator does what its attributes and inputs ask for")
+            continue
         if has_subgraph(node):
             problems.append(f"{what}: control flow that depends on the input (--bind may fix an input)")
             continue
@@ -359,7 +285,7 @@ def _refuse_unfinished(model: ir.Model, where: str) -> None:
             elif static_shape(value) is None:
                 problems.append(f"{what}: the shape of its output {value.name!r} depends on the input's values")
     if problems:
-        raise UnsupportedError(_listed(_roots_first(problems)), where)
+        raise UnsupportedError(listed(_roots_first(problems)), where)
     if not len(model.graph):
         raise ModelError("nothing is left to compute: every output is an input or a constant", where)
 

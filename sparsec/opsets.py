@@ -1,0 +1,202 @@
+"""From whatever opset and domain a model was exported in to the standard operators of one working opset.
+
+local functions                   inlined
+operators of INLINED              replaced by the function body that ONNX defines for them at the model's own opset
+opset below OPSET                 onnx's version converter
+opset above OPSET                 relabelled, if every node means at OPSET what it means there
+operators newer than OPSET        expanded into older ones (`NEWER`), or refused by name
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, inliner, numpy_helper, version_converter
+
+from sparsec.errors import ModelError, UnsupportedError
+
+OPSET = 21  # what passes and lowering see; ONNX Runtime >= 1.20 runs it
+IR_VERSION = 10  # of opset 21
+
+STANDARD_DOMAINS = ("", "ai.onnx")
+LISTED = 20  # unsupported things named in one message; the rest are counted
+DEPTH = 8  # function bodies within function bodies
+
+# What neither passes nor kernels know as one operator, and ONNX defines by others.
+INLINED = frozenset({
+    "AffineGrid", "Attention", "Bernoulli", "CausalConvWithState", "CenterCropPad", "DynamicQuantizeLinear", "GroupNormalization",
+    "LinearAttention", "MeanVarianceNormalization", "NegativeLogLikelihoodLoss", "RMSNormalization",
+    "RotaryEmbedding", "SoftmaxCrossEntropyLoss", "Swish",
+})  # fmt: skip
+
+
+def listed(problems: list[str]) -> str:
+    """The first `LISTED` of them on one line."""
+    more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+    return "; ".join(problems[:LISTED]) + more
+
+
+def inline_functions(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
+    """`proto` of standard operators alone, without those of `INLINED`. Raises ModelError, UnsupportedError."""
+    if proto.functions:
+        try:
+            proto = inliner.inline_local_functions(proto)
+        except Exception as error:
+            raise ModelError(f"its functions cannot be inlined: {_line(error)}", where) from error
+    problems = [
+        f"{node.op_type} {node.name!r} of domain {node.domain!r}"
+        for node in all_nodes(proto.graph)
+        if node.domain not in STANDARD_DOMAINS
+    ]
+    if problems:
+        raise UnsupportedError(f"only standard ONNX operators are supported: {listed(problems)}", where)
+    for _ in range(DEPTH):
+        found = sorted({node.op_type for node in all_nodes(proto.graph)} & INLINED)
+        if not found:
+            break
+        before = sum(1 for _ in all_nodes(proto.graph))
+        try:
+            proto = inliner.inline_selected_functions(proto, [("", op) for op in found], inline_schema_functions=True)
+        except Exception as error:
+            raise UnsupportedError(f"{', '.join(found)} cannot be expanded: {_line(error)}", where) from error
+        if sum(1 for _ in all_nodes(proto.graph)) == before:
+            break
+    return proto
+
+
+def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Nodes of the graph and of the graphs inside them."""
+    pending = [graph]
+    while pending:
+        graph = pending.pop()
+        for node in graph.node:
+            yield node
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    pending.append(attribute.g)
+                pending.extend(attribute.graphs)
+
+
+def to_working_opset(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
+    """`proto` at `OPSET`. Raises UnsupportedError that names every node in the way."""
+    versions = [o.version for o in proto.opset_import if o.domain in STANDARD_DOMAINS]
+    version = max(versions, default=1)
+    if version < OPSET:
+        try:
+            proto = version_converter.convert_version(proto, OPSET)
+        except Exception as error:
+            what = f"cannot be upgraded from opset {version} to {OPSET}: {_line(error)}"
+            raise UnsupportedError(f"{what}; export it again at opset 18 or later", where) from error
+    elif version > OPSET:
+        _replace_newer(proto, version)
+        newer = sorted({_newer(n, version) for n in all_nodes(proto.graph)} - {""})
+        if newer:
+            what = f"opset {version} is newer than {OPSET}, and these operators changed since: {listed(newer)}"
+            raise UnsupportedError(f"{what}; export it again at opset {OPSET} or earlier", where)
+    del proto.opset_import[:]
+    proto.opset_import.append(helper.make_opsetid("", OPSET))
+    proto.ir_version = IR_VERSION
+    return proto
+
+
+def _newer(node: onnx.NodeProto, version: int) -> str:
+    """The operator's name if the node means something at `version` that it does not at `OPSET`.
+
+    A newer operator version that only widened its types, or added attributes and inputs the node does not use, is the
+    same operator.
+    """
+    try:
+        new = onnx.defs.get_schema(node.op_type, version, "")
+        old = onnx.defs.get_schema(node.op_type, OPSET, "")
+    except onnx.defs.SchemaError:
+        return node.op_type
+    if new.since_version == old.since_version:
+        return ""
+    used = {a.name for a in node.attribute}
+    same_attributes = all(
+        name in new.attributes and _default(new.attributes[name]) == _default(attribute)
+        for name, attribute in old.attributes.items()
+    )
+    same_inputs = [i.name for i in new.inputs][: len(old.inputs)] == [i.name for i in old.inputs]
+    fits = (
+        len(node.input) <= max(old.max_input, 0) and len(node.output) <= old.max_output and used <= set(old.attributes)
+    )
+    return "" if same_attributes and same_inputs and fits else node.op_type
+
+
+def _default(attribute: onnx.defs.OpSchema.Attribute) -> tuple[Any, ...]:
+    return attribute.type, attribute.required, attribute.default_value.SerializeToString()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+# ---- operators newer than OPSET
+
+
+def _replace_newer(proto: onnx.ModelProto, version: int) -> None:
+    """Expand the nodes of `NEWER` in place, where their shapes and constants are known."""
+    if not any(node.op_type in NEWER for node in proto.graph.node):
+        return
+    inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+    types = {v.name: v.type.tensor_type for v in (*inferred.input, *inferred.value_info, *inferred.output)}
+    known = {t.name: t for t in proto.graph.initializer}
+    types.update({name: helper.make_tensor_type_proto(t.data_type, t.dims).tensor_type for name, t in known.items()})
+    known.update({
+        node.output[0]: a.t for node in proto.graph.node if node.op_type == "Constant" for a in node.attribute if a.name == "value"
+    })  # fmt: skip
+    result: list[onnx.NodeProto] = []
+    for node in proto.graph.node:
+        expand = NEWER.get(node.op_type)
+        nodes = expand(node, types, known) if expand is not None else None
+        result.extend([node] if nodes is None else nodes)
+    del proto.graph.node[:]
+    proto.graph.node.extend(result)
+
+
+Types = dict[str, onnx.TypeProto.Tensor]
+Expansion = Callable[[onnx.NodeProto, Types, dict[str, onnx.TensorProto]], "list[onnx.NodeProto] | None"]
+
+
+def _constant(name: str, array: np.ndarray) -> onnx.NodeProto:
+    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array, name))
+
+
+def _cum_prod(node: onnx.NodeProto, types: Types, known: dict[str, onnx.TensorProto]) -> list[onnx.NodeProto] | None:
+    """y_i = x_0 x_1 ... x_i along an axis of n, by doubling: y = y * (y moved by d, ones moved in), d = 1, 2, 4, ... < n."""
+    x, axis_name = node.input
+    kind = types.get(x)
+    if kind is None or axis_name not in known:
+        return None
+    shape = [d.dim_value for d in kind.shape.dim]
+    flags = {a.name: a.i for a in node.attribute}
+    axis = int(numpy_helper.to_array(known[axis_name]).reshape(-1)[0]) % len(shape)
+    n, output = shape[axis], node.output[0]
+    if min(shape) < 1:
+        return None
+    dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    reverse = bool(flags.get("reverse", 0))
+    nodes = [_constant(f"{output}/one", np.ones((), dtype)), _constant(f"{output}/axes", np.array([axis]))]
+
+    def moved(value: str, by: int, name: str) -> str:
+        pads = [by, -by] if not reverse else [-by, by]
+        nodes.append(_constant(f"{name}/pads", np.array(pads)))
+        inputs = [value, f"{name}/pads", f"{output}/one", f"{output}/axes"]
+        nodes.append(helper.make_node("Pad", inputs, [name], name=f"{node.name or output}/move"))
+        return name
+
+    value = moved(x, 1, f"{output}/exclusive") if flags.get("exclusive", 0) else x
+    step = 1
+    while step < n:
+        other = moved(value, step, f"{output}/moved{step}")
+        nodes.append(helper.make_node("Mul", [value, other], [f"{output}/product{step}"]))
+        value, step = f"{output}/product{step}", 2 * step
+    nodes.append(helper.make_node("Identity", [value], [output]))
+    return nodes
+
+
+NEWER: dict[str, Expansion] = {"CumProd": _cum_prod}
