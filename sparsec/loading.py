@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from sparsec.errors import ModelError, SparsecError, UnsupportedError, UsageError
-from sparsec.opsets import inline_functions, listed, to_working_opset
+from sparsec.opsets import STANDARD_DOMAINS, inline_functions, listed, to_working_opset
 from sparsec.passes import (
     ExplicitPads,
     FoldBatchNorm,
@@ -28,7 +28,6 @@ from sparsec.passes import (
     RemoveNoOps,
 )
 from sparsec.passes.fold_constants import has_subgraph, remove_unused_initializers, static_shape
-from sparsec.passes.import_qoperator import IMPORTED
 from sparsec.passes_api import META_KEY, Pass
 from sparsec.reading import check_proto, read_proto
 from sparsec.targets import suggest
@@ -79,7 +78,7 @@ def load_model(
 def _load(
     proto: onnx.ModelProto, shapes: dict[str, Any], bind: dict[str, Any], where: str, notes: list[str]
 ) -> ir.Model:
-    model = ir.from_proto(to_working_opset(inline_functions(proto, where), where))
+    model = ir.from_proto(to_working_opset(inline_functions(proto, where, IMPORTED), where))
     _name_nodes(model.graph)
     _drop_initializer_inputs(model.graph, bind, notes)
     _fix_shapes(model.graph, shapes, bind, where, notes)
@@ -297,7 +296,9 @@ def _roots_first(problems: list[str]) -> list[str]:
 
 
 def _tidy(model: ir.Model) -> None:
-    """Only what the model computes stays: no documentation strings, no exporter's metadata."""
+    """Only what the model computes stays: no documentation strings, no exporter's metadata, no unused domains."""
+    for domain in [d for d in model.opset_imports if d]:
+        del model.opset_imports[domain]
     common.ClearMetadataAndDocStringPass()(model)
     _name_nodes(model.graph)
     model.graph.name = model.graph.name or "model"

@@ -9,7 +9,7 @@ operators newer than OPSET        expanded into older ones (`NEWER`), or refused
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import onnx
 from onnx import helper, inliner, numpy_helper, version_converter
 
 from sparsec.errors import ModelError, UnsupportedError
+from sparsec.passes.import_qoperator import IMPORTED
 
 OPSET = 21  # what passes and lowering see; ONNX Runtime >= 1.20 runs it
 IR_VERSION = 10  # of opset 21
@@ -39,8 +40,11 @@ def listed(problems: list[str]) -> str:
     return "; ".join(problems[:LISTED]) + more
 
 
-def inline_functions(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
-    """`proto` of standard operators alone, without those of `INLINED`. Raises ModelError, UnsupportedError."""
+def inline_functions(proto: onnx.ModelProto, where: str, foreign: Collection[tuple[str, str]] = ()) -> onnx.ModelProto:
+    """`proto` of standard operators and of `foreign` (domain, operator) alone, without those of `INLINED`.
+
+    Raises ModelError, UnsupportedError.
+    """
     if proto.functions:
         try:
             proto = inliner.inline_local_functions(proto)
@@ -49,7 +53,7 @@ def inline_functions(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
     problems = [
         f"{node.op_type} {node.name!r} of domain {node.domain!r}"
         for node in all_nodes(proto.graph)
-        if node.domain not in STANDARD_DOMAINS
+        if node.domain not in STANDARD_DOMAINS and (node.domain, node.op_type) not in foreign
     ]
     if problems:
         raise UnsupportedError(f"only standard ONNX operators are supported: {listed(problems)}", where)
@@ -92,12 +96,13 @@ def to_working_opset(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
             raise UnsupportedError(f"{what}; export it again at opset 18 or later", where) from error
     elif version > OPSET:
         _replace_newer(proto, version)
-        newer = sorted({_newer(n, version) for n in all_nodes(proto.graph)} - {""})
+        newer = sorted({_newer(n, version) for n in all_nodes(proto.graph) if n.domain in STANDARD_DOMAINS} - {""})
         if newer:
             what = f"opset {version} is newer than {OPSET}, and these operators changed since: {listed(newer)}"
             raise UnsupportedError(f"{what}; export it again at opset {OPSET} or earlier", where)
+    others = [o for o in proto.opset_import if o.domain not in STANDARD_DOMAINS]
     del proto.opset_import[:]
-    proto.opset_import.append(helper.make_opsetid("", OPSET))
+    proto.opset_import.extend([helper.make_opsetid("", OPSET), *others])
     proto.ir_version = IR_VERSION
     return proto
 
