@@ -78,7 +78,7 @@ def load_model(
 def _load(
     proto: onnx.ModelProto, shapes: dict[str, Any], bind: dict[str, Any], where: str, notes: list[str]
 ) -> ir.Model:
-    model = ir.from_proto(to_working_opset(inline_functions(proto, where, IMPORTED), where))
+    model = ir.from_proto(to_working_opset(inline_functions(proto, where), where))
     _name_nodes(model.graph)
     _drop_initializer_inputs(model.graph, bind, notes)
     _fix_shapes(model.graph, shapes, bind, where, notes)

@@ -9,7 +9,7 @@ operators newer than OPSET        expanded into older ones (`NEWER`), or refused
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,8 @@ def listed(problems: list[str]) -> str:
     return "; ".join(problems[:LISTED]) + more
 
 
-def inline_functions(proto: onnx.ModelProto, where: str, foreign: Collection[tuple[str, str]] = ()) -> onnx.ModelProto:
-    """`proto` of standard operators and of `foreign` (domain, operator) alone, without those of `INLINED`.
+def inline_functions(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
+    """`proto` of standard operators alone, and of those that `import-qoperator` makes standard, without those of `INLINED`.
 
     Raises ModelError, UnsupportedError.
     """
@@ -53,7 +53,7 @@ def inline_functions(proto: onnx.ModelProto, where: str, foreign: Collection[tup
     problems = [
         f"{node.op_type} {node.name!r} of domain {node.domain!r}"
         for node in all_nodes(proto.graph)
-        if node.domain not in STANDARD_DOMAINS and (node.domain, node.op_type) not in foreign
+        if node.domain not in STANDARD_DOMAINS and (node.domain, node.op_type) not in IMPORTED
     ]
     if problems:
         raise UnsupportedError(f"only standard ONNX operators are supported: {listed(problems)}", where)
