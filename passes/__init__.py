@@ -7,6 +7,8 @@ from sparsec.passes.factorize import Factorize
 from sparsec.passes.fold_batch_norm import FoldBatchNorm
 from sparsec.passes.fold_constants import FoldConstants
 from sparsec.passes.fuse_layer_norm import FuseLayerNorm
+from sparsec.passes.import_qoperator import ImportQOperator
+from sparsec.passes.normalize_qdq import NormalizeQdq
 from sparsec.passes.prune import Prune
 from sparsec.passes.prune_channels import PruneChannels
 from sparsec.passes.quantize import Quantize
@@ -22,6 +24,8 @@ BUILT_IN: tuple[type[Pass], ...] = (
     ExplicitPads,
     FoldBatchNorm,
     FuseLayerNorm,
+    ImportQOperator,
+    NormalizeQdq,
     PruneChannels,
     Rearrange,
     Factorize,
@@ -37,6 +41,8 @@ __all__ = [
     "FoldBatchNorm",
     "FoldConstants",
     "FuseLayerNorm",
+    "ImportQOperator",
+    "NormalizeQdq",
     "Prune",
     "PruneChannels",
     "Quantize",

@@ -70,7 +70,7 @@ def _resolve_auto_pad(node: ir.Node) -> bool:
     return True
 
 
-def _spatial_zero_pad(node: ir.Node | None, rank: int) -> list[int] | None:
+def spatial_zero_pad(node: ir.Node | None, rank: int) -> list[int] | None:
     """Begin and end pads of the spatial axes if the node pads only those, by zeros."""
     if node is None or node.op_type != "Pad" or node.domain not in ("", "ai.onnx"):
         return None
@@ -100,7 +100,7 @@ def _fold_pad(graph: ir.Graph, node: ir.Node) -> bool:
     if x is None or x.shape is None or window is None:
         return False
     pad = x.producer()
-    extra = _spatial_zero_pad(pad, len(x.shape))
+    extra = spatial_zero_pad(pad, len(x.shape))
     if extra is None:
         return False
     kernel = window[0]
