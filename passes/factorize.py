@@ -1,14 +1,14 @@
 """Write layers as products of smaller ones: low rank, for the outputs on calibration data.
 
-    W x  ->  U (V x)        and the other forms of `sparsec.passes.low_rank`
+    W x  ->  U (V x),  U (V x) + S x        and the other forms of `sparsec.passes.factor_forms`
 
     the numbers       closed form in the metric of the layer's inputs      `sparsec.passes.metric`
     the forms         a knapsack on measured damage under one budget       `sparsec.passes.rank_allocation`
     the error so far  layers are built in order and make up for it         `sparsec.passes.factor_walk`
     the nodes         Conv, Gemm, MatMul, Add: `fc1` becomes `fc1/v`, `fc1/u`        `sparsec.passes.factors`
 
-Without calibration data weights alone are looked at: plain SVD, uniform ratio. `parameters`, `flops` and `latency` are the
-share of the whole model that stays, weights counted where they are not zero. Ranks are multiples of what fills a vector
+Without calibration data weights alone are looked at: plain SVD, uniform ratio. `parameters`, `flops`, `latency` and `bytes` are
+the share of the whole model that stays, weights counted where they are not zero. Ranks are multiples of what fills a vector
 register of the target. With a target only layers whose parts are predicted to run faster are touched; the records say
 of every other layer why it stays. Never changed: shapes and names of inputs and outputs; layers that do not match,
 except by `repair`.
@@ -24,13 +24,15 @@ import numpy as np
 import onnx_ir as ir
 
 from sparsec.errors import RecipeError
+from sparsec.passes.factor_forms import Menu
 from sparsec.passes.factor_walk import walk
 from sparsec.passes.factors import Factors, refusal, replace
 from sparsec.passes.layers import WEIGHTED, Selection, WeightedLayer, select_layers, weighted_layers
-from sparsec.passes.low_rank import LOW_RANK, Form, Svd, low_rank_forms
+from sparsec.passes.low_rank import LOW_RANK, Form, Svd
+from sparsec.passes.masks import Pattern
 from sparsec.passes.metric import Metric, Objective
 from sparsec.passes.rank_allocation import (
-    SHARES,
+    UNITS,
     Way,
     Ways,
     by_damage,
@@ -53,9 +55,10 @@ FEWEST = 4  # steps of rank that a layer should have to choose from, before rank
 class Factorize(Pass):
     """Write layers as products of smaller ones (low rank); with calibration data for the least error of the outputs.
 
-    One of `parameters`, `flops`, `latency` (share of the model that stays; parameters=0.7 if nothing is given), `rank`
-    (the same for all) and `energy` (share of each layer's output power that stays). `forms`: svd, spatial, tucker (the
-    last two for kxk convolutions). `method`: auto is whitened with calibration data, plain without. `allocation`: auto
+    One of `parameters`, `flops`, `latency`, `bytes` (share of the model that stays; parameters=0.7 if nothing is given),
+    `rank` (the same for all) and `energy` (share of each layer's output power that stays). `forms`: svd, spatial, tucker
+    (the last two for kxk convolutions), sparse, monarch, cospadi, armor. `residual=sparse`: low rank plus sparse, too;
+    `block`, `nm`: the pattern of sparse parts. `method`: auto is whitened with calibration data, plain without. `allocation`: auto
     is sensitivity with calibration data, uniform without. `samples`: of the calibration data, for the allocation.
     `faster`: with a target, only where the parts are predicted to run faster. `multiple`: of ranks; 0: the target's
     registers. `sequential`: build layers on the inputs that the changed model gives, and `repair` the others; `trust`,
@@ -67,9 +70,13 @@ class Factorize(Pass):
     parameters: float = 0.0
     flops: float = 0.0
     latency: float = 0.0
+    bytes: float = 0.0
     rank: int = 0
     energy: float = 0.0
     forms: tuple[str, ...] = LOW_RANK
+    residual: Literal["none", "sparse"] = "none"
+    block: str = "1x1"
+    nm: str = ""
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     types: tuple[str, ...] = WEIGHTED
@@ -85,21 +92,22 @@ class Factorize(Pass):
     rescale: bool = False
 
     def __post_init__(self) -> None:
-        given = [key for key in ("parameters", "flops", "latency", "rank", "energy") if getattr(self, key)]
+        given = [key for key in (*UNITS, "rank", "energy") if getattr(self, key)]
         if len(given) > 1:
-            raise RecipeError(f"factorize: give one of parameters, flops, latency, rank, energy, got {'+'.join(given)}")
-        for key in ("parameters", "flops", "latency", "energy"):
+            known = ", ".join((*UNITS, "rank", "energy"))
+            raise RecipeError(f"factorize: give one of {known}, got {'+'.join(given)}")
+        for key in (*UNITS, "energy"):
             if not 0 <= getattr(self, key) <= 1:
                 raise RecipeError(f"factorize: {key} is a share from 0 to 1, got {getattr(self, key)}")
         if self.rank < 0 or self.multiple < 0 or self.samples < 1 or not self.ridge > 0:
             raise RecipeError("factorize: rank and multiple are at least 0, samples at least 1, ridge above 0")
         if self.trust != "auto" and not 0 <= self.trust <= 1:
             raise RecipeError(f"factorize: trust is auto or a share from 0 to 1, got {self.trust}")
-        for key, known in (("forms", LOW_RANK), ("types", WEIGHTED)):
-            if not getattr(self, key) or set(getattr(self, key)) - set(known):
-                raise RecipeError(
-                    f"factorize: {key} must be some of {'+'.join(known)}, got {'+'.join(getattr(self, key))!r}"
-                )
+        if not self.types or set(self.types) - set(WEIGHTED):
+            raise RecipeError(f"factorize: types must be some of {'+'.join(WEIGHTED)}, got {'+'.join(self.types)!r}")
+        if self.residual not in ("none", "sparse"):
+            raise RecipeError(f"factorize: residual must be none or sparse, got {self.residual!r}")
+        self._menu()
         if self.allocation == "sensitivity" and (self.rank or self.energy):
             raise RecipeError("factorize: rank and energy choose layer by layer; leave out allocation=sensitivity")
 
@@ -140,10 +148,11 @@ class Factorize(Pass):
 
     def _unit(self) -> tuple[str, float]:
         """What the budget is of, and the share of it that stays."""
-        for unit in ("flops", "latency"):
-            if getattr(self, unit):
-                return unit, getattr(self, unit)
-        return "parameters", self.parameters or DEFAULT_PARAMETERS
+        unit = next((unit for unit in UNITS if getattr(self, unit)), "parameters")
+        return unit, getattr(self, unit) or DEFAULT_PARAMETERS
+
+    def _menu(self) -> Menu:
+        return Menu(self.forms, self.residual == "sparse", Pattern.parse(self.block, self.nm))
 
     def _look(
         self, model: ir.Model, layers: Sequence[WeightedLayer], context: Context, data: bool
@@ -185,9 +194,7 @@ class Factorize(Pass):
         multiple = self.multiple or rank_multiple(shape, context)
         if self.rank:
             return [Svd(min(self.rank, shape[0], layer.size // shape[0]))]
-        size = int(np.count_nonzero(layer.read()))
-        forms = [f for s in sorted({*SHARES, share}) for f in low_rank_forms(shape, s * size, multiple, self.forms)]
-        return list(dict.fromkeys(forms))
+        return self._menu().offer(shape, int(np.count_nonzero(layer.read())), multiple, (share,))
 
     def _choose(
         self, model: ir.Model, found: list[Ways], means: Mapping[str, np.ndarray], context: Context

@@ -39,6 +39,13 @@ class Metric:
         """L, lower triangular with H = L L^T."""
         return None if self.h is None else cholesky(self.h)
 
+    @cached_property
+    def inverse_diagonal(self) -> np.ndarray:
+        """The diagonal of H^-1, [K]."""
+        assert self.h is not None and self.root is not None
+        inverse = np.linalg.inv(self.root)
+        return np.einsum("jk,jk->k", inverse, inverse)
+
     def times(self, w: np.ndarray) -> np.ndarray:
         """w H, for w [., K]."""
         return w if self.h is None else w @ self.h

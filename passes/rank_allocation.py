@@ -4,6 +4,7 @@ Layer l written as form f costs c_l(f), and stays as it is at c_l(dense). Budget
 
     parameters   nonzero weights            flops   nonzero weights times output positions
     latency      microseconds that the target's cost model predicts for the parts
+    bytes        of the smallest stored form of each part, indices counted
 
     uniform       every layer the form of least loss among those that cost at most e * c_l(dense), e the largest that holds
                   the budget
@@ -28,6 +29,7 @@ import onnx_ir as ir
 
 from sparsec.errors import RecipeError
 from sparsec.passes.allocate import layer_cost
+from sparsec.passes.factor_forms import stored_bytes
 from sparsec.passes.factors import Factors, layers_of
 from sparsec.passes.fidelity import Fidelity
 from sparsec.passes.knapsack import Level, knapsack
@@ -90,15 +92,18 @@ def parts_us(layer: WeightedLayer, factors: Factors, context: Context) -> float 
 
 
 def parts_cost(layer: WeightedLayer, factors: Factors, unit: str) -> float:
-    """Nonzero weights of the parts, or those times the output positions of each."""
-    name = "flops" if unit == "flops" else "weights"
+    """Nonzero weights of the parts, those times the output positions of each, or bytes stored."""
     if unit == "parameters":
         return float(factors.parameters)
-    return sum(layer_cost(part, part.read(), name) for part in layers_of(layer, factors))
+    if unit == "bytes":
+        return float(sum(stored_bytes(f) for chain in factors.chains for _, f in chain))
+    return sum(layer_cost(part, part.read(), unit) for part in layers_of(layer, factors))
 
 
 def dense_cost(layer: WeightedLayer, unit: str, context: Context) -> float:
     """What the layer costs as it is."""
+    if unit == "bytes":
+        return float(stored_bytes(layer.read()))
     return layer_cost(layer, layer.read(), "weights" if unit == "parameters" else unit, context.price)
 
 

@@ -1,0 +1,89 @@
+"""The forms that a layer may take, by name, each as large as a number of weights allows.
+
+    svd, spatial, tucker   low rank                                       `sparsec.passes.low_rank`
+    sparse                 the layer as it is, with zeros                 `sparsec.passes.residual_sparse`
+    monarch                block-diagonal, permutation, block-diagonal    `sparsec.passes.monarch`
+    cospadi                dictionary, then few coefficients an output    `sparsec.passes.cospadi`
+    armor                  N:M between block-diagonal wrappers            `sparsec.passes.armor`
+
+With residual = sparse every low-rank form is also offered with a part of its weights spent on a sparse S beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sparsec.errors import RecipeError
+from sparsec.passes.armor import armor_forms
+from sparsec.passes.cospadi import dictionary_forms
+from sparsec.passes.low_rank import LOW_RANK, Form, Shape, low_rank_forms
+from sparsec.passes.masks import Pattern
+from sparsec.passes.monarch import monarch_forms
+from sparsec.passes.residual_sparse import mixed_forms, sparse_forms
+
+FORMS = (*LOW_RANK, "sparse", "monarch", "cospadi", "armor")
+SHARES = (
+    0.1,
+    0.15,
+    0.2,
+    0.25,
+    0.3,
+    0.35,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+)  # of a layer's weights, that forms are made for
+SLOW_SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.75)  # for forms that are searched, not solved
+SPLITS = (0.25, 0.5)  # of the weights, for S
+
+
+@dataclass(frozen=True)
+class Menu:
+    """Which forms are offered: names of FORMS, whether with a sparse residual, and the pattern of sparse parts."""
+
+    names: tuple[str, ...] = LOW_RANK
+    residual: bool = False
+    pattern: Pattern = field(default_factory=Pattern)
+
+    def __post_init__(self) -> None:
+        if not self.names or set(self.names) - set(FORMS):
+            raise RecipeError(f"factorize: forms must be some of {'+'.join(FORMS)}, got {'+'.join(self.names)!r}")
+        if self.residual and not set(self.names) & set(LOW_RANK):
+            raise RecipeError(f"factorize: a residual stands beside {', '.join(LOW_RANK)}; name one of them in forms")
+
+    def offer(self, shape: Shape, size: int, multiple: int, shares: Sequence[float] = ()) -> list[Form]:
+        """Forms of `shape` for SHARES and `shares` of `size` weights, each once; ranks are multiples of `multiple`."""
+        found: list[Form] = []
+        for share in sorted({*SHARES, *shares}):
+            found += low_rank_forms(shape, share * size, multiple, self.names)
+            found += sparse_forms(shape, share * size, self.pattern) if "sparse" in self.names else []
+        for share in sorted({*SLOW_SHARES, *shares}):
+            found += self._slow(shape, share * size, multiple)
+        return list(dict.fromkeys(found))
+
+    def _slow(self, shape: Shape, budget: float, multiple: int) -> list[Form]:
+        found: list[Form] = []
+        if self.residual:
+            for split in SPLITS:
+                low = list(low_rank_forms(shape, (1 - split) * budget, multiple, self.names))
+                found += mixed_forms(low, shape, budget, self.pattern)
+        found += monarch_forms(shape, budget) if "monarch" in self.names else []
+        found += dictionary_forms(shape, budget) if "cospadi" in self.names else []
+        found += armor_forms(shape, budget) if "armor" in self.names else []
+        return found
+
+
+def stored_bytes(factor: np.ndarray) -> int:
+    """Bytes of the smallest stored form of [OC, IC, KH, KW] in float32: dense, or R x 1 blocks with an index of 2 bytes each."""
+    matrix = factor.reshape(len(factor), -1) != 0
+    best = 4 * matrix.size
+    for rows in (1, 4, 8, 16):
+        groups = np.add.reduceat(matrix, np.arange(0, len(matrix), rows), axis=0) > 0
+        best = min(best, int(groups.sum()) * (4 * rows + 2) + 4 * (len(groups) + 1))
+    return best
