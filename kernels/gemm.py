@@ -200,7 +200,7 @@ def register_tile(
             done(r, part, acc.get(r, p))
 
 
-def _choose(index: Any, cases: Sequence[tuple[int, Callable[[], None]]]) -> None:
+def choose_case(index: Any, cases: Sequence[tuple[int, Callable[[], None]]]) -> None:
     """Emit `index < cases[0][0] ? cases[0] : cases[1]`, or the one case there is."""
     if len(cases) == 1:
         cases[0][1]()
@@ -265,9 +265,9 @@ def bind(
                 for rows, count in ((tiling.rows, m // tiling.rows), (m % tiling.rows, 1 if m % tiling.rows else 0)):
                     if count:
                         cases.append((count, lambda rows=rows: one(row * tiling.rows, rows, column_block, parts)))
-                _choose(row, cases)
+                choose_case(row, cases)
 
-            _choose(column_block, [(count, lambda parts=parts: rows_of(parts)) for parts, count in blocks])
+            choose_case(column_block, [(count, lambda parts=parts: rows_of(parts)) for parts, count in blocks])
 
     sizes = {"x": m * k, "y": m * n, "residual": m * n, "weights": packed.size}
     roles = ("x", "y", "residual", "weights") if residual != "none" else ("x", "y", "weights")
@@ -377,7 +377,7 @@ def bind_matmul(
             if n % tiling.width:
                 last = parts_of(n % tiling.width, tiling.lanes)
                 cases.append((column_blocks, lambda: one(item, full * tiling.width, last, chunk)))
-            _choose(block, cases)
+            choose_case(block, cases)
 
     b_size = (1 if b_shared else batch) * k * n
     element = machine.element

@@ -12,6 +12,15 @@ from sparsec.program import Kernel
 from sparsec.targets import Target
 
 
+_FILLS = (12344.0, 54304.0)  # what no result is
+_BYTES = (0x5A, 0xA5)
+
+
+def _fills(element: str) -> tuple[float, float]:
+    """Two values, one of which a result differs from."""
+    return (_BYTES if element == "uint8" else (_BYTES[0], -_BYTES[0])) if "int" in element else _FILLS
+
+
 class Layer:
     """A bound layer with the arrays of its roles and what it should give."""
 
@@ -24,8 +33,9 @@ class Layer:
     def rooms(self, first: bool = False) -> list[Room]:
         """One buffer for each role; outputs and scratch start as NaN. `first`: nothing can be read in front of them."""
         element = str(self.call.func.params[self.call.roles.index("y")].dtype)
-        arrays = {**self.activations, **self.call.constants, "y": np.full(self.expected.shape, np.nan, element)}
-        arrays["scratch"] = np.full(self.call.scratch // np.dtype(element).itemsize, np.nan, element)
+        garbage = np.nan if element.startswith("float") else _fills(element)[0]
+        arrays = {**self.activations, **self.call.constants, "y": np.full(self.expected.shape, garbage, element)}
+        arrays["scratch"] = np.full(self.call.scratch, 0xFF, np.uint8)  # NaN
         return [Room(arrays[role], first) for role in self.call.roles]
 
 
@@ -44,26 +54,24 @@ def check_layers(layers: Sequence[Layer], target: Target) -> None:
         call, rooms = layer.call, layer.rooms()
         y = rooms[call.roles.index("y")]
         library.call(call.name, rooms, call.tiles)
-        np.testing.assert_array_less(
-            np.abs(y.array - layer.expected), np.broadcast_to(layer.tolerance, layer.expected.shape), err_msg=call.text
-        )
+        wrong = np.abs(y.array.astype(np.float64) - layer.expected)
+        np.testing.assert_array_less(wrong, np.broadcast_to(layer.tolerance, wrong.shape), err_msg=call.text)
         for role, room in zip(call.roles, rooms, strict=True):
             room.check(f"{call.text}, {role}")
         whole = y.array.copy()
         rooms = layer.rooms(first=True)
         y = rooms[call.roles.index("y")]
-        y.array[...] = 12344.0
+        fill, other = _fills(str(y.array.dtype))
+        y.array[...] = fill
         _tiles(library, call.name, rooms, call.tiles // 2, call.tiles // 2 + 1)
         first = y.array.copy()
-        y.array[...] = 54304.0
+        y.array[...] = other
         _tiles(library, call.name, rooms, call.tiles // 2, call.tiles // 2 + 1)
         written = first == y.array  # elements that did not keep their fill
         assert written.any(), f"{call.text}: tile {call.tiles // 2} writes nothing"
         np.testing.assert_array_equal(first[written], whole[written], err_msg=f"{call.text}: a tile alone")
         if call.tiles > 1:
-            y.array[...] = 12344.0
+            y.array[...] = fill
             _tiles(library, call.name, rooms, 0, call.tiles // 2)
             _tiles(library, call.name, rooms, call.tiles // 2 + 1, call.tiles)
-            assert (y.array[written] == 12344.0).all(), (
-                f"{call.text}: other tiles write what tile {call.tiles // 2} owns"
-            )
+            assert (y.array[written] == fill).all(), f"{call.text}: other tiles write what tile {call.tiles // 2} owns"
