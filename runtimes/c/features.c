@@ -32,6 +32,7 @@ static const struct feature {
     {"avx512cd", LEAF7_EBX, 1U << 28, XCR0_ZMM},
     {"avx512bw", LEAF7_EBX, 1U << 30, XCR0_ZMM},
     {"avx512vl", LEAF7_EBX, 1U << 31, XCR0_ZMM},
+    {"avx512vbmi", LEAF7_ECX, 1U << 1, XCR0_ZMM},
     {"avx512vnni", LEAF7_ECX, 1U << 11, XCR0_ZMM},
     {"avxvnni", LEAF7_1_EAX, 1U << 4, XCR0_YMM},
     {"avx512bf16", LEAF7_1_EAX, 1U << 5, XCR0_ZMM},

@@ -17,7 +17,7 @@ _RUNNABLE = (
 _EMULATED = ("armv8.2-a",) if machine_arch() != "aarch64" and find_emulator() else ()
 
 _DOTS = (  # one CPU for every instruction of 8-bit sums and width of it
-    "x86-64-v2", "x86-64-v3", "alderlake", "x86-64-v4", "cascadelake"
+    "x86-64-v2", "x86-64-v3", "alderlake", "x86-64-v4", "cascadelake", "znver5"
 )  # fmt: skip
 _RUNNABLE_DOTS = (
     [name for name in _DOTS if not missing_features(find_target("host", name))]
