@@ -14,7 +14,7 @@ Whoever reads a value that an int8 node made reads the dequantized one; a float 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -103,15 +103,17 @@ def plan(
     exclude: Sequence[str] = (),
     types: Sequence[str] = WEIGHTED,
     outputs: bool = False,
+    floats: Collection[str] = (),
 ) -> Plan:
-    """What becomes int8. `include`, `exclude`: globs over node names; `outputs`: quantize the model's outputs, too."""
+    """What becomes int8. `include`, `exclude`: globs over node names; `outputs`: quantize the model's outputs, too;
+    `floats`: names of layers that stay float."""
     found: dict[ir.Node, Step] = {}
     refused: list[tuple[str, str]] = []
     available: set[ir.Value] = set()
     for node in model.graph:
         layer = as_layer(node)
         if isinstance(layer, WeightedLayer):
-            reason = _refusal(layer, include, exclude, types)
+            reason = "stays float" if layer.name in floats else _refusal(layer, include, exclude, types)
             if reason:
                 refused.append((layer.name, reason))
                 continue

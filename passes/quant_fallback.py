@@ -1,0 +1,133 @@
+"""Which layers stay float: measured, on calibration data, by what each does to the model's outputs in int8.
+
+    d_l = D(f, f_l)     f_l: the model with layer l alone in int8 (weights to nearest), D of `sparsec.passes.fidelity`
+
+    auto       if the whole model in int8 damages more than `limit`, the layers of largest d_l go back to float, one
+               more at a time (bisected), until it does not
+    a share    at most that share of the multiply-adds (of the target's microseconds, where there is a target) is left
+               float: the set of layers whose d_l add up to the most (`sparsec.passes.knapsack`)
+
+Typical for the first: spectrograms inside a model, whose logarithm makes small numbers matter that a linear grid of 256
+steps cannot hold. Mixed precision by measured sensitivity: HAWQ, arXiv:1905.03696; additive damages: CLADO,
+arXiv:2307.05657.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from sparsec.passes.fidelity import Fidelity
+from sparsec.passes.knapsack import Level, knapsack
+from sparsec.passes.layers import WeightedLayer, weighted_layers
+from sparsec.passes.quant_graph import Plan, Range, insert
+from sparsec.passes.quant_layers import nearest
+from sparsec.passes.quant_weights import Scales
+from sparsec.passes.segments import Segment, batches
+from sparsec.passes.trial import reference_outputs
+from sparsec.passes_api import Samples
+
+LIMIT = 0.02  # nats of KL, or of relative square error
+
+Planner = Callable[[ir.Model, Sequence[str]], Plan]  # the plan of a model with these layers left float
+Tell = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """`floats`: names of the layers that stay float, in graph order; `damages`: d_l of those measured; the whole model's
+    damage in int8 with every layer (`before`) and with these (`after`), weights rounded to nearest."""
+
+    floats: tuple[str, ...]
+    damages: Mapping[str, float] = field(repr=False)
+    before: float
+    after: float
+
+
+class Trial:
+    """The model with any set of its layers in int8, against itself as it is, on `samples`."""
+
+    def __init__(
+        self, model: ir.Model, planner: Planner, ranges: Mapping[str, Range], samples: Samples, scales: Scales = "mse"
+    ) -> None:
+        """`ranges`: by the name of every value that any plan may quantize."""
+        self._model, self._planner, self._ranges, self._samples = model, planner, ranges, samples
+        self._scales: Scales = scales
+        self._names, outputs = reference_outputs(model, list(samples))
+        self._fidelity = Fidelity(self._names, outputs)
+
+    def damage(self, floats: Sequence[str]) -> float:
+        """Mean damage with the layers `floats` left alone."""
+        copy = ir.from_proto(ir.to_proto(self._model))
+        plan = self._planner(copy, floats)
+        if not plan.layers:
+            return 0.0
+        every = {v: self._ranges[str(v.name)] for values in plan.classes for v in values}
+        for step in plan.layers:
+            assert step.layer is not None
+            rounded = nearest(step, every[step.inputs[0]], self._scales)
+            step.layer.write((rounded.q * rounded.scale[:, None, None, None]).astype(np.float32))
+        insert(copy, plan, every)
+        segment = Segment(copy, None, self._names)
+        parts = [segment.run(batch) for batch in batches(self._samples)]
+        return float(self._fidelity.damages([np.concatenate([p[n] for p in parts]) for n in self._names]).mean())
+
+
+def alone(trial: Trial, layers: Sequence[str], tell: Tell | None = None) -> dict[str, float]:
+    """d_l of each layer."""
+    found = {}
+    for done, name in enumerate(layers):
+        if tell is not None:
+            tell(f"sensitivity {name}", done, len(layers))
+        found[name] = trial.damage([other for other in layers if other != name])
+    return found
+
+
+def fall_back(trial: Trial, layers: Sequence[str], limit: float = LIMIT, tell: Tell | None = None) -> Fallback:
+    """The fewest layers, the most harmful first, without which the damage is at most `limit`."""
+    before = trial.damage(())
+    if before <= limit:
+        return Fallback((), {}, before, before)
+    damages = alone(trial, layers, tell)
+    worst = sorted(layers, key=lambda name: -damages[name])
+    low, high, after = 0, len(worst), 0.0  # `low` float layers are too few, `high` are enough
+    while high - low > 1:
+        middle = (low + high) // 2 if low else min(1 + 2 * low, high - 1)
+        damage = trial.damage(worst[:middle])
+        if damage <= limit:
+            high, after = middle, damage
+        else:
+            low = middle
+    chosen = set(worst[:high])
+    return Fallback(tuple(name for name in layers if name in chosen), damages, before, after)
+
+
+def fall_back_within(trial: Trial, costs: Mapping[str, float], share: float, tell: Tell | None = None) -> Fallback:
+    """The layers of most damage together whose costs are at most `share` of all."""
+    layers = list(costs)
+    damages = alone(trial, layers, tell)
+    levels = {n: (Level(0.0, 0, 0.0, damages[n]), Level(0.0, 0, costs[n], 0.0)) for n in layers}
+    chosen = knapsack(levels, share * sum(costs.values()))
+    floats = tuple(n for n in layers if chosen[n].cost > 0)
+    return Fallback(floats, damages, trial.damage(()), trial.damage(floats))
+
+
+def multiply_adds(model: ir.Model) -> dict[str, float]:
+    """Of each weighted layer by name."""
+    found = {}
+    for layer in weighted_layers(model):
+        shape = layer.node.outputs[0].shape
+        positions = int(np.prod(shape.numpy(), dtype=np.int64)) // layer.shape[0] if shape is not None else 1
+        found[layer.name] = float(positions * layer.size)
+    return found
+
+
+def costs_of(model: ir.Model, layers: Sequence[WeightedLayer], price: Callable | None) -> dict[str, float]:
+    """What each layer costs in float: microseconds by `price`, or multiply-adds."""
+    if price is not None:
+        return {layer.name: float(price(layer, layer.read())) for layer in layers}
+    counts = multiply_adds(model)
+    return {layer.name: counts[layer.name] for layer in layers}
