@@ -24,7 +24,7 @@ class Blocks:
     columns: int  # C
     pointers: np.ndarray  # int32 [groups + 1]
     index: np.ndarray  # uint16, int32 beyond 65,536 columns [blocks]
-    values: np.ndarray  # float32 [blocks, C, R]
+    values: np.ndarray  # float32, or int32 words [blocks, C, R]
     shape: tuple[int, int]  # N, K
 
     @property
@@ -74,13 +74,14 @@ def pack(w: np.ndarray, rows: int, columns: int, every: bool = False) -> Blocks:
     pointers = np.concatenate([[0], np.cumsum((mask | every).sum(axis=1))]).astype(np.int32)
     values = cut(w, rows, columns)[group, :, block, :].transpose(0, 2, 1)
     index = (block * columns).astype(index_type(w.shape[1]))
-    return Blocks(rows, columns, pointers, index, np.ascontiguousarray(values, np.float32), w.shape)
+    element = np.int32 if w.dtype == np.int32 else np.float32
+    return Blocks(rows, columns, pointers, index, np.ascontiguousarray(values, element), w.shape)
 
 
 def unpack(packed: Blocks) -> np.ndarray:
-    """The inverse of `pack`: w [N, K], float32."""
+    """The inverse of `pack`: w [N, K]."""
     n, k = packed.shape
-    w = np.zeros((packed.groups, packed.rows, k), np.float32)
+    w = np.zeros((packed.groups, packed.rows, k), packed.values.dtype)
     group = np.repeat(np.arange(packed.groups), np.diff(packed.pointers))
     for c in range(packed.columns):
         w[group, :, packed.index.astype(np.int64) + c] = packed.values[:, c]

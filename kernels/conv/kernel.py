@@ -43,7 +43,7 @@ def bind(
     if tiling is None:
         tiling, _ = best_tiling(machine, geometry, form, stored_columns(w, form, machine, geometry))
     packed = pack(w, form, tiling.rows, tiling.depth)
-    call = _Convolution(machine, geometry, packed, bias, activation, residual, tiling).call()
+    call = Convolution(machine, geometry, packed, bias, activation, residual, tiling).call()
     return (prepare(machine, geometry) if geometry.needs_prepare else None), call
 
 
@@ -79,8 +79,8 @@ class Shares:
         return image * self.tiles + T.min((piece - image * self.image) // self.full, self.tiles - 1)
 
 
-class _Convolution:
-    """Emits the kernel of one layer."""
+class Convolution:
+    """Emits the kernel of one layer. What depends on the arithmetic stands in the methods up to `call`."""
 
     def __init__(
         self, machine: Machine, geometry: Geometry, packed: Packed, bias: np.ndarray | None,
@@ -101,6 +101,45 @@ class _Convolution:
         self.limit = machine.chain(longest) // packed.columns  # in blocks
         self.constants = self._constants(bias)
 
+    @property
+    def elements(self) -> dict[str, str]:
+        """Element types of the activations."""
+        return dict.fromkeys(("x", "y", "residual"), self.element)
+
+    @property
+    def spacing(self) -> int:
+        """Elements of x between panel rows that lie one behind the other."""
+        return self.tiling.pixels
+
+    def offsets(self) -> np.ndarray:
+        """Where in a prepared image each panel row begins, elements."""
+        return self.geometry.tap_offsets()[self.packed.live]
+
+    def copy(self, to: Any, start: Any, lanes: int) -> None:
+        """Fill `lanes` pixels of a panel row from `start` in x."""
+        emit.store(self.buffers["scratch"], to, emit.load(self.buffers["x"], start, lanes), lanes)
+
+    def multiply_add(self, total: Any, weights: Any, activations: Any) -> Any:
+        """A sum and one more term."""
+        return total + weights * activations
+
+    def finished(self, total: Any, other: Any, row: Any, lanes: int) -> Any:
+        """What is stored of sums of one row; `other`: the residual."""
+        return finish(total, self.activation, self.residual, other)
+
+    def finished_rows(self, total: Any, row: Any, rows: int) -> list[Any] | None:
+        """What is stored of one pixel's sums of `rows` rows from `row` on, or None: each goes through `finished`."""
+        return None
+
+    def name(self, form: str) -> tuple[str, tuple[Any, ...]]:
+        """How the kernel's name begins, and what its code depends on besides what `call` knows."""
+        what = "x".join(map(str, self.geometry.w_shape[2:]))
+        return self.machine.named(f"conv{what}_f32") + f"_{form}", (self.activation, self.residual)
+
+    def start(self, bias: np.ndarray | None) -> dict[str, np.ndarray]:
+        """Constants for the beginning and the end of a sum."""
+        return {} if bias is None else {"bias": self.machine.array(bias)}
+
     def _constants(self, bias: np.ndarray | None) -> dict[str, np.ndarray]:
         """Packed arrays by role. `tables`: block pointers, taps, copy pointers, copies; each where it is needed."""
         packed = self.packed
@@ -109,33 +148,30 @@ class _Convolution:
         if packed.sparse:
             found["index"] = packed.index
             tables.append(packed.pointers)
-        self.tap_table = not (self.pointwise and self.live == self.geometry.taps)
+        self.tap_table = not (self.pointwise and self.live == packed.shape[1])
         self.tap_base = packed.pointers.size if packed.sparse else 0
         self.pointer_base = self.tap_base + self.live
         if self.tap_table:
-            tables.append(self.geometry.tap_offsets()[packed.live])
+            tables.append(self.offsets())
         if not self.pointwise:
             self.copies = _Copies(self.geometry, self.tiling)
             self.copy_base = self.pointer_base + self.copies.pointers
             tables.append(self.copies.table)
         if tables:
             found["tables"] = np.concatenate(tables).astype(np.int32)
-        if bias is not None:
-            found["bias"] = self.machine.array(bias)
-        return found
+        return found | self.start(bias)
 
     def call(self) -> KernelCall:
         """The kernel, bound to its constants."""
-        machine, packed, tiling, element = self.machine, self.packed, self.tiling, self.element
+        machine, packed, tiling = self.machine, self.packed, self.tiling
         roles = ["x", "y"] + (["residual"] if self.residual != "none" else []) + list(self.constants) + ["scratch"]
         y_size = self.images * self.oc * tiling.pixels
         # The panel, then sums that rest between passes.
         self.panel = -(-(max(self.live, 1) * tiling.width) // 64) * 64
         scratch = self.panel + (packed.groups * packed.rows * tiling.width if packed.passes > 1 else 0)
-        sizes: dict[str, tuple[int, str]] = {
-            "x": (self.images * self.image_size, element), "y": (y_size, element), "residual": (y_size, element),
-            "scratch": (scratch, element),
-        }  # fmt: skip
+        counts = {"x": self.images * self.image_size, "y": y_size, "residual": y_size}
+        sizes: dict[str, tuple[int, str]] = {role: (counts[role], self.elements[role]) for role in counts}
+        sizes["scratch"] = (scratch, self.element)
         sizes.update({role: (array.size, str(array.dtype)) for role, array in self.constants.items()})
 
         def body(*arguments: Any) -> None:
@@ -144,17 +180,16 @@ class _Convolution:
 
         func = emit.function([(role, *sizes[role]) for role in roles], body)
         form = f"{packed.rows}x{packed.columns}" if packed.sparse else "dense"
+        name, more = self.name(form)
         facts = (
-            self.geometry, tiling, form, self.activation, self.residual, tuple(sizes[role] for role in roles),
-            self.limit, packed.depth, machine,
+            self.geometry, tiling, form, *more, tuple(sizes[role] for role in roles), self.limit, packed.depth, machine
         )  # fmt: skip
         what = "x".join(map(str, self.geometry.w_shape[2:]))
         tile = f"{packed.rows} rows x {tiling.vectors} vectors of {tiling.lanes}"
         if packed.passes > 1:
             tile += f", {packed.passes} passes over {packed.depth} panel rows"
-        name = machine.named(f"conv{what}_f32") + f"_{form}_{packed.rows}r{tiling.width}px"
         return KernelCall(
-            unique(name, *facts), func, tuple(roles), self.constants, self.images * self.shares.image,
+            unique(f"{name}_{packed.rows}r{tiling.width}px", *facts), func, tuple(roles), self.constants, self.images * self.shares.image,
             -(-scratch * machine.item // 64) * 64, f"{what} convolution, {form}, tile {tile}",
         )  # fmt: skip
 
@@ -186,18 +221,18 @@ class _Convolution:
                         one(tiling.tail, tail)
 
     def _pack_panel(self, source: Any, tile: Any, parts: tuple[Part, ...]) -> None:
-        x, panel, width = self.buffers["x"], self.buffers["scratch"], self.tiling.width
+        width = self.tiling.width
         tables: Any = self.buffers.get("tables")
 
         def start_of(k: Any) -> Any:
-            return source + (tables[self.tap_base + k] if self.tap_table else k * self.tiling.pixels)
+            return source + (tables[self.tap_base + k] if self.tap_table else k * self.spacing)
 
         if self.pointwise:
             with T.serial(0, self.live) as k:
                 start = T.bind(start_of(k))
                 for part in parts:
                     for at, lanes in _copies(part):
-                        emit.store(panel, k * width + at, emit.load(x, start + tile * width + at, lanes), lanes)
+                        self.copy(k * width + at, start + tile * width + at, lanes)
             return
         # Each copy for some rows before the next copy: its place is read once, and the rows stay in the first cache.
         with T.serial(0, -(-self.live // PACKED_ROWS)) as some:
@@ -209,7 +244,7 @@ class _Convolution:
                     to = T.bind(tables[self.copy_base + 2 * s])
                     off = T.bind(tables[self.copy_base + 2 * s + 1])
                     with T.serial(low, high) as k:
-                        emit.store(panel, k * width + to, emit.load(x, start_of(k) + off, lanes), lanes)
+                        self.copy(k * width + to, start_of(k) + off, lanes)
 
     # --- groups of rows
 
@@ -281,15 +316,20 @@ class _Convolution:
             for p, part in enumerate(parts):
                 for i in range(part.vectors(rows)):
                     total = sets[0].get(i, p)
-                    if part.turned:
-                        for r in range(rows):
-                            one(T.Shuffle([total], [r]), where(r, part.at + i), 1, 1)
-                    else:
-                        one(total, where(i, part.at), part.lanes, part.valid)
+                    if not part.turned:
+                        one(total, i, part.at, part.lanes, part.valid)
+                        continue
+                    together = self.finished_rows(total, first_row, rows)
+                    for r in range(rows):
+                        if together is None:
+                            one(T.Shuffle([total], [r]), r, part.at + i, 1, 1)
+                        else:
+                            emit.store(y, where(r, part.at + i), together[r], 1)
 
-        def one(total: Any, at: Any, lanes: int, valid: int) -> None:
+        def one(total: Any, row: int, pixel: int, lanes: int, valid: int) -> None:
+            at = where(row, pixel)
             res = emit.load(other, at, lanes) if other is not None else None
-            emit.store(y, at, finish(total, self.activation, self.residual, res), lanes, valid)
+            emit.store(y, at, self.finished(total, res, first_row + row, lanes), lanes, valid)
 
         def unfinished() -> None:
             for p, part in enumerate(parts):
@@ -320,7 +360,7 @@ class _Convolution:
                 acc = sets[c % len(sets)]
 
                 def product(r: int, p: int, factor: Any, activations: Any, acc: emit.Accumulators = acc) -> None:
-                    acc.set(r, p, acc.get(r, p) + factor * activations)
+                    acc.set(r, p, self.multiply_add(acc.get(r, p), factor, activations))
 
                 # Whichever are fewer stay in registers: activations, or weights (Arm holds four in one).
                 if rows > len(straight) and not self.machine.lane_fma:

@@ -37,7 +37,7 @@ class Packed:
     live: np.ndarray  # int32 [K']
     pointers: np.ndarray  # int32 [passes * groups + 1], in blocks
     index: np.ndarray  # uint16 (int32 beyond 65,536 rows) [blocks], panel rows
-    values: np.ndarray  # float32, [block][C][R] or [k][R] by group
+    values: np.ndarray  # float32 or int32 words, [block][C][R] or [k][R] by group
     shape: tuple[int, int]  # OC, K
 
     @property
@@ -95,7 +95,7 @@ def unpack(packed: Packed, w_shape: tuple[int, int, int, int]) -> np.ndarray:
     """Stored form to dense [OC, IC, KH, KW]: the inverse of `pack`."""
     oc, taps = packed.shape
     values = packed.values.reshape(-1, packed.columns, packed.rows)
-    compact = np.zeros((oc, packed.live.size), np.float32)
+    compact = np.zeros((oc, packed.live.size), values.dtype)
     for p in range(packed.passes):
         pointers = packed.pointers[p * packed.groups : (p + 1) * packed.groups + 1]
         low, high = int(pointers[0]), int(pointers[-1])
@@ -105,7 +105,7 @@ def unpack(packed: Packed, w_shape: tuple[int, int, int, int]) -> np.ndarray:
             index = p * packed.depth + np.tile(np.arange((high - low) // packed.groups), packed.groups)
         one = blocks.Blocks(packed.rows, packed.columns, pointers - low, index, values[low:high], compact.shape)
         compact += blocks.unpack(one)
-    matrix = np.zeros((oc, taps), np.float32)
+    matrix = np.zeros((oc, taps), values.dtype)
     matrix[:, packed.live] = compact
     w = matrix.reshape(oc, w_shape[2], w_shape[3], w_shape[1])
     return np.ascontiguousarray(w.transpose(0, 3, 1, 2))
