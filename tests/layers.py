@@ -11,7 +11,6 @@ from sparsec.kernels.base import KernelCall
 from sparsec.program import Kernel
 from sparsec.targets import Target
 
-
 _FILLS = (12344.0, 54304.0)  # what no result is
 _BYTES = (0x5A, 0xA5)
 
