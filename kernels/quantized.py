@@ -263,7 +263,7 @@ class Requantize:
         if self.inner is None:
             return activate(act, value)
         lanes = lanes_of(value)
-        whole = T.Cast(emit.vector_type(lanes), _rounded(machine, _bounded(value, act, self.inner, self.unit)))
+        whole = T.Cast(emit.vector_type(lanes), rounded(machine, _bounded(value, act, self.inner, self.unit)))
         return whole * emit.constant(self.inner.scale, lanes)
 
     def _residual(self, other: Any) -> Any:
@@ -282,7 +282,7 @@ class Requantize:
 def narrowed(machine: Machine, value: Any, act: Activation, y: QuantType, unit: float = 1.0) -> Any:
     """act(value * unit) as integers of type `y`; value float32. `unit`: `y.scale`, or 1."""
     lanes = lanes_of(value)
-    whole = _rounded(machine, _bounded(value, act, y, unit)) + _int(y.zero_point, lanes)
+    whole = rounded(machine, _bounded(value, act, y, unit)) + _int(y.zero_point, lanes)
     return T.Cast(emit.vector_type(lanes, y.dtype), whole)
 
 
@@ -309,7 +309,7 @@ def bounds(act: Activation, y: QuantType) -> tuple[int, int]:
     return int(least), int(largest)
 
 
-def _rounded(machine: Machine, value: Any) -> Any:
+def rounded(machine: Machine, value: Any) -> Any:
     """float32 within int32's range, rounded half to even, as int32."""
     lanes = lanes_of(value)
     if not machine.lane_fma and lanes >= 4:
