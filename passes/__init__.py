@@ -15,6 +15,7 @@ from sparsec.passes.quantize import Quantize
 from sparsec.passes.rearrange import Rearrange
 from sparsec.passes.recover import Recover
 from sparsec.passes.remove_no_ops import RemoveNoOps
+from sparsec.passes.unroll_recurrent import UnrollRecurrent
 from sparsec.passes_api import Pass
 
 # Built-in passes by `Pass.name`; adding one is adding a line here.
@@ -26,6 +27,7 @@ BUILT_IN: tuple[type[Pass], ...] = (
     FuseLayerNorm,
     ImportQOperator,
     NormalizeQdq,
+    UnrollRecurrent,
     PruneChannels,
     Rearrange,
     Factorize,
@@ -49,4 +51,5 @@ __all__ = [
     "Rearrange",
     "Recover",
     "RemoveNoOps",
+    "UnrollRecurrent",
 ]

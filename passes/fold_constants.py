@@ -3,7 +3,8 @@
 One walk in topological order. For a node `y = f(x_1, ..., x_k)`:
 
     f = Shape, Size and shape(x_1) static            y becomes the constant shape(x_1)
-    f = If and its condition is constant             the branch taken replaces the node
+    f = If, Loop, Scan with constant conditions      a straight line replaces the node (`sparsec.passes.control_flow`)
+    y without elements                               y is a constant
     every x_i constant                               y becomes the constant f(x_1, ..., x_k), computed by ONNX Runtime
     otherwise                                        shape(y), type(y) are inferred, constants among the x_i included
 
@@ -27,6 +28,7 @@ import onnxruntime as ort
 from onnx_ir.passes import common
 
 from sparsec.errors import ModelError
+from sparsec.passes.control_flow import UNROLL_STEPS, LoopState, inline_branch, peel_loop, too_long, unroll_scan
 from sparsec.passes.windows import resolve_ceil_mode
 from sparsec.passes_api import Context, Pass, PassResult
 
@@ -44,9 +46,11 @@ class FoldConstants(Pass):
     name: ClassVar[str] = "fold-constants"
     exact: ClassVar[bool] = True
 
+    unroll_steps: int = UNROLL_STEPS  # of a Loop or Scan, at most
+
     def call(self, model: ir.Model) -> PassResult:
         before = [node.op_type for node in model.graph]
-        walk = _Walk(model)
+        walk = _Walk(model, self.unroll_steps)
         folded = walk.run()
         common.RemoveUnusedNodesPass()(model)
         dropped = remove_unused_initializers(model.graph)
@@ -73,10 +77,18 @@ def static_shape(value: ir.Value) -> tuple[int, ...] | None:
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
-    """The array of an initializer, None for anything else."""
-    if value is None or value.const_value is None or value.is_graph_input():
+    """The array of an initializer or of a value without elements, None for anything else."""
+    if value is None:
         return None
+    if value.const_value is None or value.is_graph_input():
+        return _empty(value)
     return value.const_value.numpy()
+
+
+def _empty(value: ir.Value) -> np.ndarray | None:
+    """The value of a tensor without elements."""
+    shape = static_shape(value) if value.shape is not None and 0 in value.shape.dims else None
+    return None if shape is None or value.dtype is None else np.zeros(shape, value.dtype.numpy())
 
 
 def make_constant(graph: ir.Graph, old: ir.Value, array: np.ndarray) -> None:
@@ -102,8 +114,10 @@ def make_constant(graph: ir.Graph, old: ir.Value, array: np.ndarray) -> None:
 
 
 class _Walk:
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, unroll_steps: int) -> None:
         self.graph = model.graph
+        self.unroll_steps = unroll_steps
+        self.loops: dict[ir.Node, LoopState] = {}
         self.opsets = dict(model.opset_imports)
         self.ir_version = model.ir_version
         self.typed = 0  # values whose shape or type was not known before
@@ -113,9 +127,9 @@ class _Walk:
         pending = list(reversed(self.graph))
         while pending:
             node = pending.pop()
-            branch = self._taken_branch(node)
-            if branch is not None:
-                pending.extend(reversed(_inline_branch(self.graph, node, branch)))
+            opened = self._opened(node)
+            if opened is not None:
+                pending.extend(reversed(opened))
                 folded += 1
                 continue
             if self._fold(node):
@@ -145,19 +159,52 @@ class _Walk:
             return None
         self._infer(node)
         inputs = [x for x in node.inputs if x is not None]
-        if any(constant(x) is None for x in inputs) or node.op_type in RANDOM or _is_quantized_weight(node):
+        if node.op_type == "Identity" and node.outputs[0].is_graph_output() and inputs[0].const_value is not None:
             return None
-        if node.op_type == "Identity" and node.outputs[0].is_graph_output():
+        empty = [_empty(y) for y in node.outputs]
+        if empty and all(e is not None for e in empty):
+            return empty
+        if any(constant(x) is None for x in inputs) or node.op_type in RANDOM or _is_quantized_weight(node):
             return None
         return self._compute(node, inputs)
 
-    def _taken_branch(self, node: ir.Node) -> ir.Graph | None:
-        if node.op_type != "If" or node.domain not in ("", "ai.onnx"):
+    def _opened(self, node: ir.Node) -> list[ir.Node] | None:
+        """What stands in place of an If, Loop or Scan now, if what it depends on is constant."""
+        if not has_subgraph(node) or node.domain not in ("", "ai.onnx"):
             return None
-        condition = constant(node.inputs[0])
-        if condition is None:
+        if node.op_type == "If":
+            condition = constant(node.inputs[0])
+            if condition is None:
+                return None
+            taken = "then_branch" if condition.reshape(-1)[0] else "else_branch"
+            return inline_branch(self.graph, node, node.attributes[taken].as_graph())
+        if node.op_type == "Loop":
+            return self._opened_loop(node)
+        if node.op_type == "Scan":
+            count = node.attributes.get_int("num_scan_inputs", 1)
+            inputs = node.inputs[len(node.inputs) - count :]
+            shapes = [static_shape(x) if x is not None else None for x in inputs]
+            axes = node.attributes.get_ints("scan_input_axes", [0] * count)
+            lengths = [s[axis] for s, axis in zip(shapes, axes, strict=True) if s is not None]
+            if len(lengths) < count or not lengths:
+                return None
+            if lengths[0] > self.unroll_steps:
+                raise too_long(node, lengths[0], self.unroll_steps)
+            return unroll_scan(self.graph, node, lengths)
+        return None
+
+    def _opened_loop(self, node: ir.Node) -> list[ir.Node] | None:
+        given = [(x, constant(x)) for x in node.inputs[:2]]
+        if any(x is not None and array is None for x, array in given):
             return None
-        return node.attributes["then_branch" if condition.reshape(-1)[0] else "else_branch"].as_graph()
+        trips, go_on = (None if array is None else array.reshape(-1)[0] for _, array in given)
+        if trips is None and go_on is None:
+            return None
+        state = self.loops.setdefault(node, LoopState())
+        steps = state.done + 1 if trips is None else int(trips)
+        if steps > self.unroll_steps and (go_on is None or go_on):
+            raise too_long(node, steps, self.unroll_steps)
+        return peel_loop(self.graph, node, state, None if trips is None else int(trips), go_on is None or bool(go_on))
 
     def _infer(self, node: ir.Node) -> None:
         shape = static_shape(node.inputs[0]) if node.inputs and node.inputs[0] is not None else None
@@ -191,7 +238,8 @@ class _Walk:
                 self.typed += known != (output.type, output.shape)
 
     def _compute(self, node: ir.Node, inputs: list[ir.Value]) -> list[np.ndarray | None] | None:
-        have = sum(x.const_value.nbytes for x in inputs)
+        arrays = {str(x.name): constant(x) for x in inputs}
+        have = sum(array.nbytes for array in arrays.values() if array is not None)
         for output in node.outputs:
             shape = static_shape(output)
             if output.name and shape is not None and output.dtype is not None:
@@ -213,7 +261,7 @@ class _Walk:
         model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=self.ir_version)
         try:
             session = quiet_session(model.SerializeToString())
-            results = session.run(None, {x.name: x.const_value.numpy() for x in unique})
+            results = session.run(None, arrays)
         except Exception:  # no such kernel or element type in ONNX Runtime: the node stays, lowering decides
             return None
         if not all(isinstance(r, np.ndarray) for r in results):
@@ -271,30 +319,3 @@ def _shape_of(node: ir.Node, shape: tuple[int, ...]) -> np.ndarray:
 def _is_quantized_weight(node: ir.Node) -> bool:
     x = node.inputs[0] if node.op_type == "DequantizeLinear" else None
     return x is not None and x.dtype is not None and x.dtype.is_integer()
-
-
-def _inline_branch(graph: ir.Graph, node: ir.Node, branch: ir.Graph) -> list[ir.Node]:
-    """Move the branch's nodes in front of `node`, which disappears; the moved nodes."""
-    prefix = f"{node.name}/"
-    outputs = list(branch.outputs)
-    for value in list(branch.initializers.values()):
-        del branch.initializers[value.name]
-        value.name = prefix + value.name
-        graph.register_initializer(value)
-    moved = list(branch)
-    branch.remove(moved)
-    branch.outputs.clear()
-    for inner in moved:
-        inner.name = prefix + (inner.name or inner.op_type)
-        for value in inner.outputs:
-            if value.name:
-                value.name = prefix + value.name
-    links = [ir.node("Identity", [y], name=f"{prefix}output_{i}") for i, y in enumerate(outputs)]
-    for link, old in zip(links, node.outputs, strict=True):
-        link.outputs[0].name, link.outputs[0].shape, link.outputs[0].type = old.name, old.shape, old.type
-    graph.insert_before(node, moved + links)
-    for link, old in zip(links, node.outputs, strict=True):
-        old.name = f"{old.name}__if"
-        old.replace_all_uses_with(link.outputs[0], replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    return moved + links

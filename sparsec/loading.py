@@ -1,7 +1,7 @@
 """load: a model file to a checked, normalised `onnx_ir.Model` at one working opset with static shapes.
 
 The line: read (sparsec.reading) -> inline functions -> refuse what is not plain ONNX -> upgrade to `OPSET` -> name the
-nodes -> fix input shapes, bind inputs -> the passes of `NORMALISE`, in this order -> check that every value has a
+nodes -> fix input shapes, bind inputs -> the passes of `normalisation`, in this order -> check that every value has a
 static shape and a type. Deterministic; weights keep their values except where BatchNorm is folded into them.
 """
 
@@ -26,24 +26,34 @@ from sparsec.passes import (
     ImportQOperator,
     NormalizeQdq,
     RemoveNoOps,
+    UnrollRecurrent,
 )
+from sparsec.passes.control_flow import UNROLL_STEPS
 from sparsec.passes.fold_constants import has_subgraph, remove_unused_initializers, static_shape
+from sparsec.passes.unroll_recurrent import RECURRENT, refusal
 from sparsec.passes_api import META_KEY, Pass
 from sparsec.reading import check_proto, read_proto
 from sparsec.targets import suggest
 
-# Shapes first (the others need them) but behind what has no standard operator yet; again at the end, since folding may
-# leave constants to fold.
-NORMALISE: tuple[Pass, ...] = (
-    ImportQOperator(),
-    FoldConstants(),
-    RemoveNoOps(),
-    NormalizeQdq(),
-    ExplicitPads(),
-    FoldBatchNorm(),
-    FoldConstants(),
-    FuseLayerNorm(),
-)
+
+def normalisation(unroll: int = UNROLL_STEPS) -> tuple[Pass, ...]:
+    """The passes of loading, in order. `unroll`: steps of a loop or a recurrent operator that are written out at most.
+
+    Shapes first (the others need them) but behind what has no standard operator yet; again at the end, since folding
+    may leave constants to fold.
+    """
+    return (
+        ImportQOperator(),
+        FoldConstants(unroll),
+        UnrollRecurrent(unroll),
+        RemoveNoOps(),
+        NormalizeQdq(),
+        ExplicitPads(),
+        FoldBatchNorm(),
+        FoldConstants(),
+        FuseLayerNorm(),
+    )
+
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -53,12 +63,15 @@ def load_model(
     shapes: Shapes | None = None,
     bind: Mapping[str, Any] | None = None,
     notes: list[str] | None = None,
+    unroll: int = UNROLL_STEPS,
 ) -> ir.Model:
     """The model, checked and normalised; the caller's object is left alone.
 
     `shapes`: input name -> full shape. `bind`: input name -> value (number, sequence, array or text such as "16000" or
     "0.5+1"), fixed as a constant. `notes` receives one line for everything a user should be told, such as a symbolic
-    batch that became 1. Raises ModelError (damaged or invalid), UnsupportedError (lists everything at once), UsageError
+    batch that became 1. `unroll`: the longest loop or recurrent sequence that is written out, in steps.
+
+    Raises ModelError (damaged or invalid), UnsupportedError (lists everything at once), UsageError
     (a shape or bound value that does not fit).
     """
     notes = notes if notes is not None else []
@@ -67,7 +80,7 @@ def load_model(
     where = os.path.basename(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "model"
     proto = read_proto(source)
     try:
-        return _load(proto, dict(shapes or {}), dict(bind or {}), where, notes)
+        return _load(proto, dict(shapes or {}), dict(bind or {}), where, notes, unroll)
     except SparsecError:
         raise
     except Exception as error:  # what onnx.checker lets through and the libraries below then stumble over
@@ -76,23 +89,23 @@ def load_model(
 
 
 def _load(
-    proto: onnx.ModelProto, shapes: dict[str, Any], bind: dict[str, Any], where: str, notes: list[str]
+    proto: onnx.ModelProto, shapes: dict[str, Any], bind: dict[str, Any], where: str, notes: list[str], unroll: int
 ) -> ir.Model:
     model = ir.from_proto(to_working_opset(inline_functions(proto, where), where))
     _name_nodes(model.graph)
     _drop_initializer_inputs(model.graph, bind, notes)
     _fix_shapes(model.graph, shapes, bind, where, notes)
     _forget_inferred_shapes(model.graph)
-    normalise(model)
-    _refuse_unfinished(model, where)
+    normalise(model, unroll)
+    _refuse_unfinished(model, where, unroll)
     _tidy(model)
     check_proto(ir.to_proto(model), where)
     return model
 
 
-def normalise(model: ir.Model) -> None:
-    """Run `NORMALISE` in place."""
-    for step in NORMALISE:
+def normalise(model: ir.Model, unroll: int = UNROLL_STEPS) -> None:
+    """Run the passes of loading in place."""
+    for step in normalisation(unroll):
         step(model)
     common.RemoveUnusedNodesPass()(model)
     remove_unused_initializers(model.graph)
@@ -264,7 +277,7 @@ def _refuse_types(graph: ir.Graph, where: str) -> None:
         raise UnsupportedError(f"inputs and outputs must be tensors of numbers: {listed(problems)}", where)
 
 
-def _refuse_unfinished(model: ir.Model, where: str) -> None:
+def _refuse_unfinished(model: ir.Model, where: str, unroll: int) -> None:
     problems = []
     for node in model.graph:
         what = f"{node.op_type} {node.name!r}"
@@ -274,6 +287,9 @@ def _refuse_unfinished(model: ir.Model, where: str) -> None:
         if has_subgraph(node):
             problems.append(f"{what}: control flow that depends on the input (--bind may fix an input)")
             continue
+        if node.op_type in RECURRENT:
+            remedy = "raise --unroll, or compile for one step, with the state as input and output"
+            problems.append(f"{what}: {refusal(node, unroll)}; {remedy}")
         for value in node.outputs:
             if not value.name:
                 continue
