@@ -93,7 +93,7 @@ def correction(machine: Machine, w: np.ndarray, bias: np.ndarray | None, x: Quan
 def flip(value: Any) -> Any:
     """Bytes of any type, or words of four, with the top bit of each byte flipped."""
     lanes = lanes_of(value)
-    if "32" in emit.dtype_of(value):
+    if emit.dtype_of(value).partition("x")[0] == "int32":
         return value ^ emit.splat(tirx.const(-0x7F7F7F80, "int32"), lanes)
     return tirx.reinterpret(
         emit.vector_type(lanes, "uint8"), value if "uint8" in emit.dtype_of(value) else _as_bytes(value)
@@ -258,6 +258,22 @@ class Requantize:
         value = value + self._residual(other)
         return self._stored(machine, value, self.activation if self.residual == "before" else NONE, 1.0)
 
+    def whole(self, machine: Machine, acc: Any, multiplier: Any, bounded: bool = True) -> Any:
+        """A sum in units of `y`, rounded, without its zero point and bounds, as int32; for steps without a residual.
+
+        What narrows it must saturate, and keep `bounds`. Not `bounded`: sums times multipliers stay below 2^30.
+        """
+        assert self.y is not None
+        lanes = lanes_of(acc)
+        value = T.Cast(emit.vector_type(lanes), acc) * multiplier
+        if self.activation.kind not in _PLAIN:
+            value = activate(self.activation, value) * emit.constant(1.0 / self.y.scale, lanes)
+            bounded = True
+        if bounded:
+            value = keep(value)
+            value = T.min(T.max(value, emit.constant(-(2.0**24), lanes)), emit.constant(2.0**24, lanes))
+        return rounded(machine, value)
+
     def _inner(self, machine: Machine, value: Any, act: Activation) -> Any:
         """The sum as a real, through `inner` if there is one."""
         if self.inner is None:
@@ -302,7 +318,7 @@ def _bounded(value: Any, act: Activation, y: QuantType, unit: float) -> Any:
 def bounds(act: Activation, y: QuantType) -> tuple[int, int]:
     """Least and largest integer that relu, clip or no activation leaves: rounding is monotone, so it may come first."""
     low, high = y.range
-    if act.kind == "none":
+    if act.kind not in ("relu", "clip"):
         return low, high
     ends = (0.0, math.inf) if act.kind == "relu" else (act.alpha, act.beta)
     least, largest = (np.clip(np.rint(np.float32(e) / np.float32(y.scale)) + y.zero_point, low, high) for e in ends)
