@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from typing import Any
 
-FAMILIES = ("conv", "depthwise", "gemm", "gemm_int8", "fc", "pool", "elementwise", "normalize")
+FAMILIES = ("conv", "depthwise", "gemm", "gemm_int8", "fc", "fc_int8", "pool", "elementwise", "normalize")
 
 
 def tables() -> tuple[Any, ...]:

@@ -159,7 +159,10 @@ def bind(
             def tile(parts: tuple[Part, ...], valid: int) -> None:
                 def turn() -> None:
                     base = T.bind(row * (step * k))
-                    transpose_panel(named["x"], lambda i: base + i * k, valid, k, named["scratch"], pitch)
+                    transpose_panel(
+                        lambda i, at, lanes: emit.load(named["x"], base + i * k + at, lanes), valid, k,
+                        named["scratch"], pitch,
+                    )  # fmt: skip
 
                 if chunks == 1:
                     turn()

@@ -282,11 +282,14 @@ def bind(
 # --- two activations -------------------------------------------------------------------------------------------------
 
 
-def transpose_panel(source: Any, row_at: Callable[[int], Any], rows: int, depth: int, panel: Any, pitch: int) -> None:
-    """panel[k * pitch + i] = source[row_at(i) + k] for i < rows, k < depth: squares of 4 x 4 through registers."""
+def transpose_panel(load: Callable[[int, Any, int], Any], rows: int, depth: int, panel: Any, pitch: int) -> None:
+    """panel[k * pitch + i] = element k of row i for i < rows, k < depth: squares of 4 x 4 through registers.
+
+    `load(i, k, lanes)`: elements of row i from k on.
+    """
 
     def square(k: Any, i: int) -> None:
-        loaded = [T.bind(emit.load(source, row_at(i + j) + k, 4)) for j in range(4)]
+        loaded = [T.bind(load(i + j, k, 4)) for j in range(4)]
         for c in range(4):
             emit.store(panel, (k + c) * pitch + i, T.Shuffle(loaded, [4 * j + c for j in range(4)]), 4)
 
@@ -299,7 +302,7 @@ def transpose_panel(source: Any, row_at: Callable[[int], Any], rows: int, depth:
         first = depth - depth % 4 if i < whole else 0
         if first < depth:
             with T.serial(first, depth) as k:
-                T.buffer_store(panel, source[row_at(i) + k], [k * pitch + i])
+                T.buffer_store(panel, load(i, k, 1), [k * pitch + i])
 
 
 def bind_matmul(
@@ -340,7 +343,9 @@ def bind_matmul(
             out = T.bind(item * (m * n) + column)
             if transposed:
                 width = parts[-1].at + parts[-1].valid
-                transpose_panel(b, lambda i: b_base + i * k, width, k, panel, tiling.width)
+                transpose_panel(
+                    lambda i, at, lanes: emit.load(b, b_base + i * k + at, lanes), width, k, panel, tiling.width
+                )
 
             def weights(kk: Any, part: Part) -> Any:
                 if transposed:
