@@ -29,7 +29,7 @@ from sparsec.passes import (
     UnrollRecurrent,
 )
 from sparsec.passes.control_flow import UNROLL_STEPS
-from sparsec.passes.fold_constants import has_subgraph, remove_unused_initializers, static_shape
+from sparsec.passes.fold_constants import constant, has_subgraph, remove_unused_initializers, static_shape
 from sparsec.passes.unroll_recurrent import RECURRENT, refusal
 from sparsec.passes_api import META_KEY, Pass
 from sparsec.reading import check_proto, read_proto
@@ -287,6 +287,11 @@ def _refuse_unfinished(model: ir.Model, where: str, unroll: int) -> None:
         if has_subgraph(node):
             problems.append(f"{what}: control flow that depends on the input (--bind may fix an input)")
             continue
+        training = node.inputs[2] if node.op_type == "Dropout" and len(node.inputs) > 2 else None
+        if training is not None and not _is_false(training):
+            problems.append(f"{what}: may be in training mode; export the model for inference")
+        if node.op_type == "MaxPool" and any(y.uses() or y.is_graph_output() for y in node.outputs[1:]):
+            problems.append(f"{what}: the Indices of a MaxPool have no lowering")
         if node.op_type in RECURRENT:
             remedy = "raise --unroll, or compile for one step, with the state as input and output"
             problems.append(f"{what}: {refusal(node, unroll)}; {remedy}")
@@ -303,6 +308,11 @@ def _refuse_unfinished(model: ir.Model, where: str, unroll: int) -> None:
         raise UnsupportedError(listed(_roots_first(problems)), where)
     if not len(model.graph):
         raise ModelError("nothing is left to compute: every output is an input or a constant", where)
+
+
+def _is_false(value: ir.Value) -> bool:
+    array = constant(value)
+    return array is not None and not array.any()
 
 
 def _roots_first(problems: list[str]) -> list[str]:

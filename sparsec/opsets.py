@@ -29,7 +29,7 @@ DEPTH = 8  # function bodies within function bodies
 # What neither passes nor kernels know as one operator, and ONNX defines by others.
 INLINED = frozenset({
     "AffineGrid", "Attention", "Bernoulli", "CausalConvWithState", "CenterCropPad", "DynamicQuantizeLinear", "GroupNormalization",
-    "LinearAttention", "MeanVarianceNormalization", "NegativeLogLikelihoodLoss", "RMSNormalization",
+    "LinearAttention", "NegativeLogLikelihoodLoss", "RMSNormalization",
     "RotaryEmbedding", "SoftmaxCrossEntropyLoss", "Swish",
 })  # fmt: skip
 

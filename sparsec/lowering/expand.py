@@ -293,7 +293,8 @@ def _positions(n: int, m: int, scale: np.float32, transform: str) -> np.ndarray:
     """Coordinates in the input, float32 as in ONNX Runtime, of the m outputs along an axis of n."""
     half, out = np.float32(0.5), np.arange(m, dtype=np.float32)
     if transform == "align_corners":
-        return out * np.float32(n - 1) / np.float32(m - 1) if m > 1 else out * 0
+        last = np.float32(scale * np.float32(n) - np.float32(1))  # of the resized axis, which need not be whole
+        return out * np.float32(n - 1) / last if m > 1 and last > 0 else out * 0
     if transform == "asymmetric":
         return out / scale
     centred = (out + half) / scale - half
@@ -380,8 +381,66 @@ def _function_body(node: onnx.NodeProto, context: _Context) -> list[onnx.NodePro
     return result
 
 
+def _layer_norm(node: onnx.NodeProto, context: _Context) -> list[onnx.NodeProto] | None:
+    """Mean and variance over the axes from `axis` on; the importer knows neither other axes nor the other outputs."""
+    x, scale, bias = [*node.input, ""][:3]
+    rank = len(context.shape(x))
+    axis = int(_attribute(node, "axis", -1)) % rank
+    dtype = helper.tensor_dtype_to_np_dtype(context.type_of(x).tensor_type.elem_type)
+    if dtype != np.float32:
+        return None
+    output, mean, inverse = [*node.output, "", ""][:3]
+    axes = context.constant(f"{output}/axes", np.arange(axis, rank))
+    epsilon = context.constant(f"{output}/epsilon", np.array(_attribute(node, "epsilon", 1e-5), dtype))
+    one = context.constant(f"{output}/one", np.array(1, dtype))
+    names = ["centred", "square", "variance", "shifted", "deviation", "scaled", "weighted"]
+    centred, square, variance, shifted, deviation, scaled, weighted = (f"{output}/{name}" for name in names)
+    mean, inverse = mean or f"{output}/mean", inverse or f"{output}/inverse"
+    return [
+        helper.make_node("ReduceMean", [x, axes], [mean], keepdims=1),
+        helper.make_node("Sub", [x, mean], [centred]),
+        helper.make_node("Mul", [centred, centred], [square]),
+        helper.make_node("ReduceMean", [square, axes], [variance], keepdims=1),
+        helper.make_node("Add", [variance, epsilon], [shifted]),
+        helper.make_node("Sqrt", [shifted], [deviation]),
+        helper.make_node("Div", [one, deviation], [inverse]),
+        helper.make_node("Mul", [centred, inverse], [scaled]),
+        helper.make_node("Mul", [scaled, scale], [weighted if bias else output]),
+        *([helper.make_node("Add", [weighted, bias], [output])] if bias else []),
+    ]
+
+
+def _batch_norm(node: onnx.NodeProto, context: _Context) -> list[onnx.NodeProto] | None:
+    if _attribute(node, "training_mode", 0):
+        raise ExpansionError("BatchNormalization in training mode has no lowering; export the model for inference")
+    return None
+
+
+def _is_inf(node: onnx.NodeProto, context: _Context) -> list[onnx.NodeProto] | None:
+    """The importer knows both signs together only."""
+    x, output = node.input[0], node.output[0]
+    both = _attribute(node, "detect_positive", 1), _attribute(node, "detect_negative", 1)
+    if both == (1, 1):
+        return None
+    if both == (0, 0):
+        raise ExpansionError("IsInf that detects no sign has no lowering")
+    dtype = helper.tensor_dtype_to_np_dtype(context.type_of(x).tensor_type.elem_type)
+    bound = context.constant(f"{output}/infinity", np.array(np.inf if both[0] else -np.inf, dtype))
+    return [helper.make_node("Equal", [x, bound], [output])]
+
+
+def _roi_align(node: onnx.NodeProto, context: _Context) -> list[onnx.NodeProto] | None:
+    if _attribute(node, "mode", "avg") == "max":
+        raise ExpansionError("RoiAlign with mode max has no lowering")
+    return None
+
+
 _EXPANSIONS: dict[str, Callable[[onnx.NodeProto, _Context], list[onnx.NodeProto] | None]] = {
+    "BatchNormalization": _batch_norm,
     "Concat": _chain,
+    "IsInf": _is_inf,
+    "LayerNormalization": _layer_norm,
+    "RoiAlign": _roi_align,
     "DequantizeLinear": _dequantize,
     "QuantizeLinear": _quantize,
     "Sum": _chain,
