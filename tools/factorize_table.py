@@ -1,0 +1,336 @@
+"""Write real models as products of smaller layers with calibration data only, and measure what that costs.
+
+Four tables, each measured on samples that calibration never saw:
+
+    layers     squared error of every layer's output at half its parameters: whitened factors over plain SVD
+    bytes      the same at equal stored bytes: low rank alone, sparse alone, both
+    accuracy   the whole model: top-1 where there are labels, else the relative squared error of the outputs
+    speed      the compiled model on this machine against what its multiply-adds promise
+
+    SPARSEC_DATA=... python tools/factorize_table.py layers --model kwt1 --out docs/benchmarks/low_rank
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import wave
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import prune_table
+
+FOLDER = Path(os.environ.get("SPARSEC_DATA", ""))
+FILES = {**prune_table.FILES, "nsnet2": "nsnet2.onnx"}
+FRAMES = 50  # of one sample of nsnet2
+MODELS = {"layers": ("kwt1", "squeezenet1.1"), "bytes": ("kwt1",), "speed": ("kwt1",)}
+ROWS = {
+    "plain SVD": "method=plain,allocation=uniform",
+    "whitened": "allocation=uniform,sequential=false",
+    "+ allocation": "sequential=false",
+    "+ sequential": "",
+    "+ sparse residual": "residual=sparse",
+}
+Samples = dict[str, np.ndarray]  # [N, 1, ...] by input name: a batch of one in front of each sample
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with what it is calibrated with and measured on; labels where there are any."""
+
+    name: str
+    load: Callable[[], Any]
+    calibration: Samples
+    held: Samples
+    labels: np.ndarray | None = None
+
+
+def case(name: str) -> Case:
+    """By name."""
+    from sparsec.loading import load_model
+
+    path = FOLDER / "models" / FILES[name]
+    if name == "nsnet2":
+        one, *others = (features(f) for f in sorted((FOLDER / "audio/dns").glob("*_noisy.wav")))
+        return Case(
+            name, lambda: load_model(path, {"input": (1, FRAMES, 161)}), states(one), states(np.concatenate(others))
+        )
+    (calibration, _), (x, y) = prune_table.DATA[name](FOLDER)
+    source = str(load_model(path).graph.inputs[0].name)
+    return Case(name, lambda: load_model(path), {source: calibration[:, None]}, {source: x[:, None]}, y)
+
+
+def features(path: Path) -> np.ndarray:
+    """Log power spectra of a recording, [N, FRAMES, 161]."""
+    with wave.open(str(path)) as stream:
+        x = np.frombuffer(stream.readframes(stream.getnframes()), "<i2") / 32768
+    frames = np.lib.stride_tricks.sliding_window_view(x, 320)[::160] * np.sqrt(np.hanning(321)[:-1])
+    spectra = np.log10(np.maximum(np.abs(np.fft.rfft(frames)) ** 2, 1e-12)).astype(np.float32)
+    return spectra[: len(spectra) // FRAMES * FRAMES].reshape(-1, FRAMES, 161)
+
+
+def states(x: np.ndarray) -> Samples:
+    """The inputs of nsnet2 with states of zeros."""
+    zeros = np.zeros((len(x), 1, 1, 400), np.float32)
+    return {"input": x[:, None], "h_in_1": zeros, "h_in_2": zeros}
+
+
+def outputs(model: Any, samples: Samples) -> np.ndarray:
+    """The model's first output of each sample, [N, ...]."""
+    from sparsec.passes.segments import Segment
+
+    result = str(model.graph.outputs[0].name)
+    segment = Segment(model, None, [result])
+    count = len(next(iter(samples.values())))
+    parts = [segment.run({n: x[i : i + 16] for n, x in samples.items()})[result] for i in range(0, count, 16)]
+    return np.concatenate(parts)
+
+
+def stream(samples: Samples) -> list[Samples]:
+    """One dict a sample."""
+    return [{n: x[i] for n, x in samples.items()} for i in range(len(next(iter(samples.values()))))]
+
+
+def weights(model: Any) -> int:
+    """Nonzero weights of all layers."""
+    from sparsec.passes.layers import weighted_layers
+
+    return sum(int(np.count_nonzero(layer.read())) for layer in weighted_layers(model))
+
+
+# ---- layers
+
+
+def seen_layers(given: Case) -> Iterator[tuple[Any, Any, Any, bool]]:
+    """Layers that can be factorized, with statistics of the calibration and of the held samples, and whether centred."""
+    from sparsec.passes.factors import refusal
+    from sparsec.passes.layers import select_layers
+    from sparsec.passes.replay import goal_of
+    from sparsec.passes.statistics import gather
+
+    model = given.load()
+    layers = [layer for layer in select_layers(model).layers if not refusal(layer)]
+    data = (stream(s) for s in (given.calibration, given.held))
+    for (layer, own), (_, other) in zip(*(gather(model, layers, d) for d in data), strict=True):
+        yield layer, own, other, goal_of(layer).bias is not None
+
+
+def output_error(difference: np.ndarray, statistics: Any, shift: np.ndarray) -> float:
+    """Mean of |d x - shift|^2 for d = W - W' [OC, K]."""
+    moved = difference @ statistics.mean
+    square = np.einsum("nk,nk->", difference @ statistics.gram, difference)
+    return float(square - 2 * shift @ moved + shift @ shift)
+
+
+def metric_of(own: Any, centred: bool) -> Any:
+    """What the pass uses."""
+    from sparsec.passes.metric import Metric
+    from sparsec.passes.reconstruct import RIDGE, damp
+
+    return Metric(damp(own.covariance if centred else own.gram, RIDGE)[0])
+
+
+def judged(goal: Any, factors: Any, own: Any, other: Any, corrected: bool) -> float:
+    """Error on the held samples as a share of the output's power there; `corrected`: the bias took up the mean."""
+    d = goal.matrix - factors.dense().reshape(goal.matrix.shape)
+    shift = d @ own.mean if corrected else np.zeros(len(d))
+    power = float(np.einsum("nk,nk->", goal.matrix @ other.gram, goal.matrix))
+    return output_error(d, other, shift) / power
+
+
+def layer_rows(given: Case) -> Iterator[dict[str, Any]]:
+    """Plain and whitened SVD of the same rank, half the parameters."""
+    from sparsec.passes.low_rank import Svd
+    from sparsec.passes.metric import Objective
+
+    for layer, own, other, centred in seen_layers(given):
+        oc, ic, kh, kw = layer.shape
+        rank = layer.size // (2 * (oc + ic * kh * kw))
+        if rank < 1:
+            continue
+        goal = Objective(layer.read(), metric_of(own, centred))
+        plain = judged(goal, Svd(rank).build(Objective(layer.read())), own, other, False)
+        white = judged(goal, Svd(rank).build(goal), own, other, centred)
+        yield {
+            "model": given.name, "layer": layer.name, "shape": list(layer.shape), "rank": rank, "plain": plain,
+            "whitened": white, "ratio": white / plain if plain > 1e-9 else 1.0,
+        }  # fmt: skip
+
+
+# ---- bytes
+
+
+def byte_rows(given: Case, share: float = 0.5) -> Iterator[dict[str, Any]]:
+    """The best of each kind at `share` of the layer's bytes, chosen on the calibration samples."""
+    from sparsec.passes.factor_forms import stored_bytes
+    from sparsec.passes.low_rank import Svd
+    from sparsec.passes.masks import Pattern
+    from sparsec.passes.metric import Objective
+    from sparsec.passes.residual_sparse import LowRankPlusSparse, Sparse
+
+    patterns = (Pattern(), Pattern(4, 1), Pattern(8, 1))
+
+    def density(shape: Any, rest: float, pattern: Any) -> float:
+        """Of S, so that it takes `rest` bytes."""
+        oc, ic, kh, kw = shape
+        each = 4 + 2 / pattern.rows
+        return min(1.0, max(0.0, (rest - 4 * (-(-oc // pattern.rows) + 1)) / (each * oc * ic * kh * kw)))
+
+    for layer, own, other, centred in seen_layers(given):
+        if layer.op == "Conv" or np.count_nonzero(layer.read()) < 0.5 * layer.size:
+            continue
+        goal, (oc, ic, _, _) = Objective(layer.read(), metric_of(own, centred)), layer.shape
+        budget = share * 4 * layer.size
+        most = int(budget // (4 * (oc + ic)))
+        forms: dict[str, list[Any]] = {"low rank": [Svd(most)] if most else []}
+        forms["sparse"] = [Sparse(density(layer.shape, budget, p), p) for p in patterns]
+        forms["both"] = []
+        for r in sorted({max(1, most * part // 8) for part in (1, 2, 3, 4, 5, 6)}):
+            rest = budget - 4 * r * (oc + ic)
+            forms["both"] += [
+                LowRankPlusSparse(Svd(r), d, p) for p in patterns if (d := density(layer.shape, rest, p)) > 0
+            ]
+        row: dict[str, Any] = {"model": given.name, "layer": layer.name, "shape": list(layer.shape), "share": share}
+        for kind, ways in forms.items():
+            built = [form.build(goal) for form in ways]
+            for made in built:
+                assert sum(stored_bytes(f) for chain in made.chains for _, f in chain) <= 1.005 * budget + 8, made.kind
+            best = min(built, key=goal.loss)
+            row |= {kind: judged(goal, best, own, other, centred), f"{kind} form": best.kind}
+        yield row
+
+
+# ---- accuracy
+
+
+def accuracy_rows(given: Case, shares: list[float], recover: float, rows: list[str]) -> Iterator[dict[str, Any]]:
+    """Every row of ROWS at each share of parameters, with recovery behind it if `recover` is a number of minutes."""
+    import sparsec
+
+    dense = given.load()
+    before, total = outputs(dense, given.held), weights(dense)
+    for share in shares:
+        for label in rows:
+            options = ROWS[label]
+            passes = [f"factorize:parameters={share}" + (f",{options}" if options else "")]
+            passes += [f"recover:minutes={recover}"] if recover else []
+            start = time.perf_counter()
+            model = sparsec.rewrite(given.load(), passes=passes, calibration=stacked(given.calibration))
+            after = outputs(model, given.held)
+            row: dict[str, Any] = {
+                "model": given.name, "asked": share, "variant": label + (" + recover" if recover else ""),
+                "parameters": weights(model) / total, "seconds": time.perf_counter() - start,
+                "error": float(np.square(after - before).sum() / np.square(before).sum()),
+            }  # fmt: skip
+            if given.labels is not None:
+                first, second = (y.reshape(len(y), -1) for y in (before, after))
+                a, b = prune_table.log_softmax(first), prune_table.log_softmax(second)
+                hits = [100 * float((y.argmax(axis=1) == given.labels).mean()) for y in (first, second)]
+                row |= {
+                    "dense_top1": hits[0], "top1": hits[1], "drop": hits[0] - hits[1],
+                    "kl": float((np.exp(a) * (a - b)).sum(axis=1).mean()),
+                    "agreement": 100 * float((first.argmax(axis=1) == second.argmax(axis=1)).mean()),
+                }  # fmt: skip
+            yield row
+
+
+def stacked(samples: Samples) -> Samples:
+    """[N, ...] without the batch of one, as `sparsec.rewrite` takes them."""
+    return {name: x[:, 0] for name, x in samples.items()}
+
+
+# ---- speed
+
+
+def speed_rows(given: Case, shares: list[float]) -> Iterator[dict[str, Any]]:
+    """Compiled for this machine with ranks of at least 16: measured speed-up over the one that multiply-adds promise."""
+    import sparsec
+    from sparsec.bench import faster
+    from sparsec.passes.allocate import positions
+    from sparsec.passes.layers import weighted_layers
+
+    def multiply_adds(model: Any) -> float:
+        return float(sum(np.count_nonzero(layer.read()) * positions(layer) for layer in weighted_layers(model)))
+
+    dense = sparsec.compile(given.load(), "host", threads=1)
+    for share in shares:
+        records: list[dict[str, Any]] = []
+        passes = [f"factorize:flops={share},multiple=16,forms=svd,samples=16"]
+        model = sparsec.rewrite(given.load(), passes=passes, calibration=stacked(given.calibration), records=records)
+        made = sparsec.compile(model, "host", threads=1)
+        promised = multiply_adds(given.load()) / multiply_adds(model)
+        predicted = [sum(r["predicted_us"] for r in a.report["layers"]) for a in (dense, made)]
+        yield {
+            "model": given.name, "asked": share, "layers": sum("form" in r for r in records[0]["details"]),
+            "promised": promised, "predicted": predicted[0] / predicted[1], "measured": faster(dense, made, 200),
+        }  # fmt: skip
+
+
+# ---- writing
+
+
+def table(kind: str, rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    for row in rows:
+        values = [row.get(head, "") for head in heads]
+        lines.append("| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values) + " |")
+    return f"## {kind}\n\n" + "\n".join([*lines, "", *summary(kind, rows), ""])
+
+
+def summary(kind: str, rows: list[dict[str, Any]]) -> Iterator[str]:
+    """A line a model."""
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        if kind == "layers":
+            ratios = np.array([row["ratio"] for row in own])
+            total = sum(row["whitened"] for row in own) / sum(row["plain"] for row in own)
+            text = f"mean ratio {ratios.mean():.3f}, of the summed errors {total:.3f}, worst {ratios.max():.3f}"
+            yield f"{model}: {len(own)} layers, {text}, worse on {(ratios > 1).sum()}."
+        elif kind == "bytes":
+            wins = [row["both"] < min(row["low rank"], row["sparse"]) for row in own]
+            yield f"{model}: low rank plus sparse is best on {sum(wins)} of {len(own)}."
+
+
+def main() -> None:
+    """Measure, and write OUT-KIND.json and OUT-KIND.md after every row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("layers", "bytes", "accuracy", "speed"))
+    parser.add_argument("--model", action="append", choices=FILES)
+    parser.add_argument("--share", action="append", type=float)
+    parser.add_argument("--row", action="append", choices=ROWS)
+    parser.add_argument("--recover", type=float, default=0.0, metavar="MINUTES")
+    parser.add_argument("--out", type=Path, default=Path("low_rank"))
+    arguments = parser.parse_args()
+    if "SPARSEC_DATA" not in os.environ:
+        sys.exit("SPARSEC_DATA names no folder of models and data")
+    stem = arguments.out.with_name(f"{arguments.out.name}-{arguments.kind}")
+    document = stem.with_suffix(".json")
+    rows: list[dict[str, Any]] = json.loads(document.read_text()) if document.exists() else []
+    shares = arguments.share or ([0.5] if arguments.kind == "bytes" else [0.7, 0.5])
+    for name in arguments.model or MODELS.get(arguments.kind, ("kwt1", "squeezenet1.1", "resnet20", "nsnet2")):
+        given = case(name)
+        if arguments.kind == "layers":
+            found = layer_rows(given)
+        elif arguments.kind == "bytes":
+            found = (row for share in shares for row in byte_rows(given, share))
+        elif arguments.kind == "accuracy":
+            found = accuracy_rows(given, shares, arguments.recover, arguments.row or list(ROWS))
+        else:
+            found = speed_rows(given, shares)
+        for row in found:
+            rows.append(row)
+            document.write_text(json.dumps(rows, indent=1) + "\n")
+            stem.with_suffix(".md").write_text(table(arguments.kind, rows))
+            print(json.dumps(row), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
