@@ -64,9 +64,7 @@ class _Writer:
         """The node's inputs, None for those left out at the end."""
         return [*self.node.inputs, *[None] * count][:count]
 
-    def main(
-        self, op: str, inputs: Sequence[ir.Value | None], attributes: dict[str, Any] | None = None
-    ) -> ir.Value:
+    def main(self, op: str, inputs: Sequence[ir.Value | None], attributes: dict[str, Any] | None = None) -> ir.Value:
         """The output of the plain operator, which keeps the node's name."""
         return self.add(op, inputs, attributes, self.name)
 

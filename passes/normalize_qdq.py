@@ -118,7 +118,9 @@ def _parameters(graph: ir.Graph, node: ir.Node) -> bool:
     for name in surplus:
         del node.attributes[name]
     changed = bool(surplus)
-    for index, (array, what, dtype) in enumerate(((scale, "scale", node.inputs[1].dtype), (points, "zero_point", kind))):
+    for index, (array, what, dtype) in enumerate(
+        ((scale, "scale", node.inputs[1].dtype), (points, "zero_point", kind))
+    ):
         if array.shape != shape or (index == 1 and zero is None):
             wide = array.reshape(shape) if array.size > 1 else np.full(shape, array.reshape(-1)[0])
             value = add_initializer(graph, _beside(node, what), wide.astype(dtype.numpy()), dtype)

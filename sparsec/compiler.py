@@ -38,7 +38,7 @@ from sparsec.recipe import Recipe, load_recipe
 from sparsec.targets import Target, find_target, missing_features, with_precision
 from sparsec.tolerance import tolerances
 from sparsec.tuning import Lookup, read_tuning
-from sparsec.verify import parity_sample, verify
+from sparsec.verify import parity_sample, rounding_tolerances, verify
 
 Model = str | _os.PathLike[str] | bytes | onnx.ModelProto | ir.Model
 Calibration = str | Path | Mapping[str, np.ndarray] | Images
@@ -123,6 +123,7 @@ def compile(
         allowed = tolerances(rewritten.model, machine)
         inputs = [InputSpec(t.name, t.shape, t.dtype) for t in program.inputs]
         sample, expected = parity_sample(data, inputs, rewritten.calibration)
+        allowed.update(rounding_tolerances(data, inputs, sample, expected))
         (directory / "parity.bin").write_bytes(
             pack_parity(sample, expected, [allowed[t.name] for t in program.outputs])
         )
@@ -292,12 +293,7 @@ def _prove(artifact: Artifact) -> tuple[list[str], dict[str, Any] | None]:
     except RuntimeUnavailable as error:
         return [f"not run on this machine: {error}"], None
     if not result.passed:
-        worst = result.worst
-        raise CheckError(
-            f"differs from ONNX Runtime by {worst.max_relative_error:.3g} of the largest value, rounding explains {worst.tolerance:.3g}; "
-            "please report this model",
-            f"output {worst.output}",
-        )
+        raise CheckError(f"{result.worst.text()}; please report this model", f"output {result.worst.output}")
     return [], result.record()
 
 

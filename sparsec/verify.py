@@ -1,7 +1,9 @@
 """Proof of an artifact: parity with ONNX Runtime, fidelity to the original model, accuracy on labels.
 
 Relative error of an output is max |difference| / max |reference|, taken for each sample; the worst sample counts.
-The tolerance is derived from the model (`sparsec.tolerance`) when it is compiled and kept in the manifest.
+The tolerance is derived from the model (`sparsec.tolerance`) when it is compiled and kept in the manifest. For an output
+that a QuantizeLinear reaches it is derived from the model and the sample, and nearly all elements must be within one
+quantization step (`sparsec.rounding`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 
 from sparsec.data import Data, Images, InputSpec, load_data
 from sparsec.errors import ArtifactError, DataError
+from sparsec.rounding import Rounding, allowed_count, beyond, rounding
 from sparsec.tolerance import derive_tolerance, tolerances
 
 __all__ = [
@@ -67,6 +70,18 @@ def parity_sample(
     return [sample[spec.name] for spec in inputs], list(outputs.values())
 
 
+def rounding_tolerances(
+    model_bytes: bytes, inputs: Sequence[InputSpec], sample: Sequence[np.ndarray], expected: Sequence[np.ndarray]
+) -> dict[str, float]:
+    """Of the outputs that a QuantizeLinear reaches: the relative tolerance in this one sample, in signature order."""
+    law = rounding(model_bytes)
+    if law is None:
+        return {}
+    bounds = law.bounds({spec.name: array for spec, array in zip(inputs, sample, strict=True)})
+    by_name = dict(zip(law.signature, expected, strict=True))
+    return {name: min(relative_bound(bound, by_name[name]), 1e30) for name, bound in bounds.items()}
+
+
 def read_parity(artifact: Artifact) -> Arrays:
     """The inputs in parity.bin."""
     from sparsec.emit import HEADER_BYTES
@@ -102,6 +117,32 @@ def errors(got: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """Elements of a quantized output that are more than one quantization step off, over all samples."""
+
+    step: float  # in the output's unit; the largest of the samples' where it depends on them
+    elements: int
+    beyond: int
+    witnessed: int  # the same of another correct implementation
+
+    @property
+    def passed(self) -> bool:
+        """Whether no more are beyond than `sparsec.rounding` allows."""
+        return self.beyond <= allowed_count(self.elements, self.witnessed)
+
+    def json(self) -> dict[str, Any]:
+        """Shares: of the artifact, of the witness, and what is required."""
+        count = max(1, self.elements)
+        required = max(0.0, 1 - allowed_count(self.elements, self.witnessed) / count)
+        return {
+            "step": _digits(self.step),
+            "within_one_step": round(1 - self.beyond / count, 6),
+            "witness_within_one_step": round(1 - self.witnessed / count, 6),
+            "required_within_one_step": round(required, 6),
+        }
+
+
+@dataclass(frozen=True)
 class Parity:
     """One output against ONNX Runtime on the same rewritten model, worst over all samples."""
 
@@ -109,19 +150,33 @@ class Parity:
     max_abs_error: float
     max_relative_error: float
     tolerance: float
+    steps: Steps | None = None  # of a quantized output
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the tolerance."""
-        return self.max_relative_error <= self.tolerance
+        """Whether the error is within the tolerance, and enough elements within one quantization step."""
+        return self.max_relative_error <= self.tolerance and (self.steps is None or self.steps.passed)
+
+    def text(self) -> str:
+        """What is wrong with an output that did not pass."""
+        if self.steps is not None and not self.steps.passed:
+            facts = self.steps.json()
+            share, required = 100 * facts["within_one_step"], 100 * facts["required_within_one_step"]
+            return f"only {share:.2f}% of the elements are within one quantization step of ONNX Runtime's, not {required:.2f}%"
+        return (
+            f"differs from ONNX Runtime by {self.max_relative_error:.3g} of the largest value,"
+            f" rounding explains {self.tolerance:.3g}"
+        )
 
     def json(self) -> dict[str, Any]:
         """The contract's keys; three digits are all that an error means, an infinite one is null."""
+        quantized = self.steps.json() if self.steps is not None else {}
         return {
             "output": self.output,
             "max_abs_error": _digits(self.max_abs_error),
             "max_relative_error": _digits(self.max_relative_error),
             "tolerance": self.tolerance,
+            **quantized,
         }
 
 
@@ -225,8 +280,7 @@ def verify(
     total = len(opened) if opened is not None else 1 + random_samples
     where = find_runtime(runtime, artifact)
     names = [spec.name for spec in artifact.outputs]
-    allowed = artifact.manifest["tolerances"]
-    worst = {name: (0.0, 0.0) for name in names}
+    tallies = _tallies(artifact)
     fidelity = _Fidelity() if against is not None else None
     same = done = 0
     right = {"reference": 0, "artifact": 0}
@@ -238,9 +292,7 @@ def verify(
         fed, kept = itertools.tee(samples)
         for sample, got in zip(kept, session.run_many(fed), strict=True):
             wanted = reference.run(sample)
-            for name in names:
-                pair = errors(got[name], wanted[name])
-                worst[name] = (max(worst[name][0], pair[0]), max(worst[name][1], pair[1]))
+            tallies.add(sample, got, wanted)
             first = names[0]
             same += int(_top1(got[first]) == _top1(wanted[first]))
             before = wanted
@@ -262,11 +314,69 @@ def verify(
     return Verification(
         runtime=str(where),
         samples=done,
-        parity=tuple(Parity(name, *worst[name], tolerance=float(allowed[name])) for name in names),
+        parity=tallies.result(),
         same_top1=same,
         fidelity=fidelity.result() if fidelity is not None else None,
         accuracy=accuracy,
     )
+
+
+class _Tallies:
+    """Errors of every output over the samples."""
+
+    def __init__(self, tolerances: Mapping[str, float], law: Rounding | None) -> None:
+        self._law = law
+        self._tolerances = {name: float(value) for name, value in tolerances.items()}
+        self._absolute = dict.fromkeys(tolerances, 0.0)
+        self._worst = {name: (0.0, value) for name, value in self._tolerances.items()}  # relative error, tolerance
+        self._steps = {name: Steps(0.0, 0, 0, 0) for name in (law.outputs if law is not None else ())}
+
+    def add(self, sample: Arrays, got: Arrays, wanted: Arrays) -> None:
+        """Compare one sample."""
+        witness = self._law.witness(sample) if self._law is not None else {}
+        bounds: dict[str, float] = {}  # costly, and seldom needed
+        for name in self._tolerances:
+            absolute, relative = errors(got[name], wanted[name])
+            tolerance = self._tolerances[name]
+            if self._law is not None and name in self._steps:
+                step = self._law.step(name, sample)
+                tally, reference = self._steps[name], wanted[name]
+                self._steps[name] = Steps(
+                    max(tally.step, step),
+                    tally.elements + reference.size,
+                    tally.beyond + beyond(got[name], reference, step),
+                    tally.witnessed + beyond(witness[name], reference, step),
+                )
+                if absolute > step and not bounds:
+                    bounds = self._law.bounds(sample)
+                tolerance = relative_bound(bounds.get(name, step), reference)
+            self._absolute[name] = max(self._absolute[name], absolute)
+            if _used(relative, tolerance) > _used(*self._worst[name]) or not self._worst[name][0]:
+                self._worst[name] = (relative, tolerance)
+
+    def result(self) -> tuple[Parity, ...]:
+        """One Parity an output."""
+        return tuple(
+            Parity(name, self._absolute[name], relative, _digits(tolerance) or 0.0, self._steps.get(name))
+            for name, (relative, tolerance) in self._worst.items()
+        )
+
+
+def _tallies(artifact: Artifact) -> _Tallies:
+    law = rounding((artifact.path / "model.onnx").read_bytes())
+    order = {spec.name: artifact.manifest["tolerances"][spec.name] for spec in artifact.outputs}
+    return _Tallies(order, law)
+
+
+def _used(error: float, tolerance: float) -> float:
+    """The part of its tolerance that an error uses."""
+    return error / tolerance if tolerance else math.inf if error else 0.0
+
+
+def relative_bound(bound: float, reference: np.ndarray) -> float:
+    """`bound` relative to max |reference|; float arithmetic around a step may add a thousandth."""
+    size = float(np.abs(reference.astype(np.float64)).max(initial=0))
+    return 1.001 * bound / size if size else math.inf
 
 
 def _top1(output: np.ndarray) -> int:
