@@ -293,7 +293,7 @@ def _refuse_unfinished(model: ir.Model, where: str, unroll: int) -> None:
         if node.op_type == "MaxPool" and any(y.uses() or y.is_graph_output() for y in node.outputs[1:]):
             problems.append(f"{what}: the Indices of a MaxPool have no lowering")
         if node.op_type in RECURRENT:
-            remedy = "raise --unroll, or compile for one step, with the state as input and output"
+            remedy = "load it with load_model(unroll=N), or compile for one step, with the state as input and output"
             problems.append(f"{what}: {refusal(node, unroll)}; {remedy}")
         for value in node.outputs:
             if not value.name:
