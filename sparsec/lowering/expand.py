@@ -293,8 +293,7 @@ def _positions(n: int, m: int, scale: np.float32, transform: str) -> np.ndarray:
     """Coordinates in the input, float32 as in ONNX Runtime, of the m outputs along an axis of n."""
     half, out = np.float32(0.5), np.arange(m, dtype=np.float32)
     if transform == "align_corners":
-        last = np.float32(scale * np.float32(n) - np.float32(1))  # of the resized axis, which need not be whole
-        return out * np.float32(n - 1) / last if m > 1 and last > 0 else out * 0
+        return out * np.float32(n - 1) / np.float32(m - 1) if m > 1 else out * 0
     if transform == "asymmetric":
         return out / scale
     centred = (out + half) / scale - half
@@ -387,7 +386,7 @@ def _layer_norm(node: onnx.NodeProto, context: _Context) -> list[onnx.NodeProto]
     rank = len(context.shape(x))
     axis = int(_attribute(node, "axis", -1)) % rank
     dtype = helper.tensor_dtype_to_np_dtype(context.type_of(x).tensor_type.elem_type)
-    if dtype != np.float32:
+    if dtype != np.float32 or context.opset < 18:  # where the axes of ReduceMean are an attribute
         return None
     output, mean, inverse = [*node.output, "", ""][:3]
     axes = context.constant(f"{output}/axes", np.arange(axis, rank))
@@ -416,6 +415,26 @@ def _batch_norm(node: onnx.NodeProto, context: _Context) -> list[onnx.NodeProto]
     return None
 
 
+def _mish(node: onnx.NodeProto, context: _Context) -> list[onnx.NodeProto] | None:
+    """x tanh(log(1 + e^x)) = x n / (n + 2) with n = e^x (e^x + 2): no logarithm of a number next to 1."""
+    x, output = node.input[0], node.output[0]
+    dtype = helper.tensor_dtype_to_np_dtype(context.type_of(x).tensor_type.elem_type)
+    if dtype != np.float32:
+        return None
+    two = context.constant(f"{output}/two", np.array(2, dtype))
+    most = context.constant(f"{output}/most", np.array(20, dtype))  # where n / (n + 2) is 1 already
+    low, e, plus, n, below, share = (f"{output}/{name}" for name in ("low", "e", "plus", "n", "below", "share"))
+    return [
+        helper.make_node("Min", [x, most], [low]),
+        helper.make_node("Exp", [low], [e]),
+        helper.make_node("Add", [e, two], [plus]),
+        helper.make_node("Mul", [e, plus], [n]),
+        helper.make_node("Add", [n, two], [below]),
+        helper.make_node("Div", [n, below], [share]),
+        helper.make_node("Mul", [x, share], [output]),
+    ]
+
+
 def _is_inf(node: onnx.NodeProto, context: _Context) -> list[onnx.NodeProto] | None:
     """The importer knows both signs together only."""
     x, output = node.input[0], node.output[0]
@@ -440,6 +459,7 @@ _EXPANSIONS: dict[str, Callable[[onnx.NodeProto, _Context], list[onnx.NodeProto]
     "Concat": _chain,
     "IsInf": _is_inf,
     "LayerNormalization": _layer_norm,
+    "Mish": _mish,
     "RoiAlign": _roi_align,
     "DequantizeLinear": _dequantize,
     "QuantizeLinear": _quantize,
