@@ -21,6 +21,8 @@ A layer whose traces would take more than `LIMIT` operations gets the losses of 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from sparsec.passes.masks import Pattern
@@ -40,6 +42,43 @@ def activation_scores(weight: np.ndarray, gram: np.ndarray) -> np.ndarray:
     return np.square(weight, dtype=np.float64) * rows.reshape(weight.shape)
 
 
+@dataclass(frozen=True)
+class Units:
+    """The columns of [OC, IC, KH, KW] in the order (KH, KW, IC), so that those of a unit are neighbours.
+
+    `order` [K']: the column at each place, -1 where a ragged last unit is filled up with one that is zero and that
+    nothing else is correlated with. `span`: columns of a unit. `group` [K']: of N:M; without it each column its own.
+    """
+
+    order: np.ndarray
+    span: int
+    group: np.ndarray
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], pattern: Pattern) -> Units:
+        """For a weight of `shape`."""
+        _, ic, kh, kw = shape
+        span = 1 if pattern.keep else pattern.columns
+        wide = -(-ic // span) * span
+        columns = np.arange(ic * kh * kw).reshape(ic, kh * kw).T
+        order = np.pad(columns, ((0, 0), (0, wide - ic)), constant_values=-1).reshape(-1)
+        position, channel = np.divmod(np.arange(order.size), wide)
+        size = max(pattern.group, 1)
+        return cls(order, span, position * -(-wide // size) + channel // size)
+
+    @property
+    def real(self) -> np.ndarray:
+        """The places that hold a column."""
+        return np.flatnonzero(self.order >= 0)
+
+    def spread(self, square: np.ndarray) -> np.ndarray:
+        """`square` [K, K] in this order, the identity where there is no column; [K', K']."""
+        made = np.eye(self.order.size)
+        columns = self.order[self.real]
+        made[np.ix_(self.real, self.real)] = square[np.ix_(columns, columns)]
+        return made
+
+
 def second_order_scores(
     weight: np.ndarray, hessian: np.ndarray, pattern: Pattern, rows: np.ndarray | None = None
 ) -> np.ndarray:
@@ -49,24 +88,17 @@ def second_order_scores(
     """
     oc, ic, kh, kw = weight.shape
     k, height = ic * kh * kw, pattern.rows
-    span = 1 if pattern.keep else pattern.columns
-    # Columns in the order (KH, KW, IC): those of a unit are neighbours. A ragged last unit is filled with columns that
-    # are zero and that nothing else is correlated with.
-    wide = -(-ic // span) * span
-    order = np.pad(np.arange(k).reshape(ic, kh * kw).T, ((0, 0), (0, wide - ic)), constant_values=-1).reshape(-1)
-    real = np.flatnonzero(order >= 0)
+    units = Units.of(weight.shape, pattern)
+    order, real, span = units.order, units.real, units.span
     w = np.zeros((-(-oc // height) * height, order.size), np.float32)
     w[:oc, real] = weight.reshape(oc, k)[:, order[real]]
     if rows is not None:
         w[:oc] *= np.sqrt(rows)[:, None]
     w = w.reshape(-1, height, order.size)
-    inverse = np.eye(order.size)
-    inverse[np.ix_(real, real)] = np.linalg.inv(hessian[np.ix_(order[real], order[real])])
+    inverse = np.linalg.inv(units.spread(hessian))
     scale = float(np.diagonal(inverse).mean())  # float32 from here on: keep away from its limits
     inverse = ((inverse + inverse.T) / (2 * scale)).astype(np.float32)
-    position, channel = np.divmod(np.arange(order.size), wide)
-    group = position * -(-wide // max(pattern.group, 1)) + channel // max(pattern.group, 1)
-    trace = _Trace(inverse, span, pattern.keep, group)
+    trace = _Trace(inverse, span, pattern.keep, units.group)
     scores = np.empty((w.shape[0], order.size))
     size = max(1, CHUNK // (4 * order.size**2))
     exact = w.shape[0] * float(order.size) ** 3 <= LIMIT
@@ -140,11 +172,14 @@ class _Trace:
         columns = _columns(window, self._span)
         zc = z[each[:, None, None], columns[:, :, None], columns[:, None, :]]
         wc = np.take_along_axis(w, columns[:, None, :], 2)
+        diagonal = np.diagonal(zc, axis1=1, axis2=2).copy()
         gone = np.take_along_axis(dead, window, 1)
         units = np.take_along_axis(index, window, 1)
         chosen, losses = np.empty((g, picks), np.int64), np.empty((g, picks))
+        # Z less one outer product a pick: only the rows that are picked are ever needed.
+        outer, n = np.empty((g, picks * self._span, zc.shape[1]), zc.dtype), 0
         for step in range(picks):
-            loss = self._losses(wc, np.diagonal(zc, axis1=1, axis2=2))
+            loss = self._losses(wc, diagonal)
             loss[gone] = np.inf
             if quota is not None:
                 assert self._group is not None
@@ -156,19 +191,25 @@ class _Trace:
                 quota[each, self._group[units[each, best]]] -= 1
             for j in range(self._span):
                 c = best * self._span + j
-                column = zc[each, :, c]
+                column = zc[each, c]
+                column -= np.matmul(outer[each, :n, c][:, None], outer[:, :n])[:, 0]
                 pivot = np.maximum(column[each, c], self._least)
                 wc -= (wc[each, :, c] / pivot[:, None])[:, :, None] * column[:, None, :]
-                zc -= column[:, :, None] * (column / pivot[:, None])[:, None, :]
+                outer[:, n] = column / np.sqrt(pivot)[:, None]
+                diagonal -= np.square(outer[:, n])
+                n += 1
         return chosen, losses
 
     def _downdate(self, w: np.ndarray, z: np.ndarray, columns: np.ndarray) -> None:
         """Eliminate `columns` [G, p] jointly, in place: they are zero afterwards."""
+        p = columns.shape[1]
+        each = np.arange(len(z))[:, None, None]
+        blocks = z[each, columns[:, :, None], columns[:, None, :]].astype(np.float64)
+        blocks.reshape(-1, p * p)[:, :: p + 1] += self._least * 1e-2
+        inverses = np.linalg.inv(blocks).astype(np.float32)
         for i, s in enumerate(columns):
             rows = z[i, s]  # [p, K]
-            block = rows[:, s].astype(np.float64)
-            block[np.diag_indices_from(block)] += self._least * 1e-2
-            solved = np.linalg.solve(block, rows).astype(np.float32)
+            solved = inverses[i] @ rows
             w[i] -= w[i][:, s] @ solved
             z[i] -= rows.T @ solved
             w[i][:, s] = 0

@@ -9,6 +9,7 @@ With calibration data (activations only, no labels) each step has a better answe
     importance   second order: the error that zeroing adds if the rest is re-optimized      `sparsec.passes.importance`
     allocation   each layer's share from the damage that pruning it does to the outputs     `sparsec.passes.allocate`
     refit        the weights left and all biases, against the original's outputs            `sparsec.passes.reconstruct`
+    regrow       before a layer is refitted, swaps that lower its error                     `sparsec.passes.regrow`
     repair       the same for layers that are not pruned themselves
 
 `sparsity` is the zero share over the matched layers together, whatever the allocation. A model that has so many zeros
@@ -51,7 +52,7 @@ class Prune(Pass):
     file that keeps what the allocation measured. `refit`: re-optimize what is left, each layer alone or the network in
     graph order, pulled to the original weights with strength `ridge`, making up for earlier layers' errors by the share
     `trust` (auto: chosen on held-out samples); `rescale`: give each channel the original's variance; `repair`: refit
-    layers that are not pruned, too.
+    layers that are not pruned, too; `regrow`: swap pruned weights for others where that lowers the error of a layer.
     """
 
     name: ClassVar[str] = "prune"
@@ -74,6 +75,7 @@ class Prune(Pass):
     ridge: float = RIDGE
     trust: Literal["auto"] | float = "auto"
     rescale: bool = True
+    regrow: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity <= 1:
@@ -127,7 +129,8 @@ class Prune(Pass):
         elif refit and context.calibration is not None:
             del alone  # its moments
             trust = None if self.trust == "auto" else self.trust
-            done = reconstruct(model, named, context.calibration, self.ridge, trust, self.rescale, self.repair)
+            grow = pattern if self.regrow else None
+            done = reconstruct(model, named, context.calibration, self.ridge, trust, self.rescale, self.repair, grow)
             errors = {refitted.layer.name: refitted.error for refitted in done}
         else:
             apply_masks(layers, named, context)
@@ -211,13 +214,15 @@ def prune_to(
     ridge: float = RIDGE,
     trust: float | None = None,
     rescale: bool = True,
+    regrow: bool = False,
 ) -> None:
     """Prune `layers` in place, each to its sparsity by name, with the calibration data of the model's context."""
     context = Context.of(model)
     alone = OneShot(model, layers, context.calibration, pattern, importance, refit)
     masks = {layer.name: alone.mask(layer, sparsities[layer.name]) for layer in layers}
     if refit and context.calibration is not None:
-        for _ in reconstruct(model, masks, context.calibration, ridge, trust, rescale, repair):
+        grow = pattern if regrow else None
+        for _ in reconstruct(model, masks, context.calibration, ridge, trust, rescale, repair, grow):
             pass
     else:
         apply_masks(layers, masks, context)

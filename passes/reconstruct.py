@@ -32,7 +32,8 @@ import onnx_ir as ir
 
 from sparsec.errors import DataError
 from sparsec.passes.layers import WeightedLayer, weighted_layers
-from sparsec.passes.masks import supports
+from sparsec.passes.masks import Pattern, supports
+from sparsec.passes.regrow import regrow
 from sparsec.passes.replay import Pairs, Replay
 from sparsec.passes.statistics import input_of
 from sparsec.passes_api import Context, Samples
@@ -44,6 +45,7 @@ AS_GOOD = 1.02  # a held-out error within this factor of the least is as good
 SMALL = 32  # inputs up to which every trial is solved exactly
 ROUGH = 20  # iterations of a refit that is only looked at
 ITERATIONS = 60  # of conjugate gradients where factors of every support would cost more
+NEAR = 1e-10  # squared residual of a goal of unit length that conjugate gradients leave
 FLOOR = 1e-6  # of the mean of E[x^2]: keeps H positive definite where an input is always zero
 
 
@@ -79,27 +81,30 @@ class Problem:
         return w
 
     def descend(self, mask: np.ndarray, w: np.ndarray, iterations: int) -> np.ndarray:
-        """Conjugate gradients on all rows at once from `w`, preconditioned with the diagonal; float32 products."""
-        h = self.h.astype(np.float32)
-        scale = 1 / np.diagonal(self.h)
-        w = np.where(mask, w, 0.0)
-        r = np.where(mask, self.t - (w.astype(np.float32) @ h), 0.0)
-        z = r * scale
-        p, rz = z, np.einsum("nk,nk->n", r, z)
-        stop = 1e-10 * np.maximum(np.einsum("nk,nk,k->n", self.t, self.t, scale), 1e-300)
+        """Conjugate gradients on all rows at once from `w`, in float32, with H scaled to a unit diagonal and every goal
+        to unit length."""
+        root = 1 / np.sqrt(np.diagonal(self.h))
+        goal = self.t * root
+        unit = np.maximum(np.linalg.norm(goal, axis=1, keepdims=True), 1e-150) * root
+        h = (self.h * root * root[:, None]).astype(np.float32)
+        keep = mask.astype(np.float32)
+        x = (np.where(mask, w, 0.0) * (1 / unit)).astype(np.float32)
+        r = ((self.t * (root**2 / unit)).astype(np.float32) - x @ h) * keep
+        p, step, rr = r.copy(), np.empty_like(r), np.einsum("nk,nk->n", r, r)
         for _ in range(iterations):
-            if not (rz > stop).any():
+            if not (rr > NEAR).any():
                 break
-            q = np.where(mask, p.astype(np.float32) @ h, 0.0)
+            q = p @ h
+            q *= keep
             pq = np.einsum("nk,nk->n", p, q)
-            alpha = np.where(pq > 0, rz / np.where(pq > 0, pq, 1), 0)[:, None]
-            w = w + alpha * p
-            r = r - alpha * q
-            z = r * scale
-            new = np.einsum("nk,nk->n", r, z)
-            p = z + np.where(rz > 0, new / np.where(rz > 0, rz, 1), 0)[:, None] * p
-            rz = new
-        return w
+            alpha = np.where(pq > 0, rr / np.where(pq > 0, pq, 1), 0)[:, None]
+            x += np.multiply(p, alpha, out=step)
+            r -= np.multiply(q, alpha, out=step)
+            new = np.einsum("nk,nk->n", r, r)
+            p *= np.where(rr > 0, new / np.where(rr > 0, rr, 1), 0)[:, None]
+            p += r
+            rr = new
+        return x * unit
 
 
 def damp(h: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
@@ -158,11 +163,14 @@ def reconstruct(
     trust: float | None = None,
     rescale: bool = True,
     others: bool = True,
+    grow: Pattern | None = None,
 ) -> Iterator[Refitted]:
     """Mask the layers named in `masks` and refit them, in graph order, in place; yields each layer when it is done.
 
     masks: layer name -> [OC, IC, KH, KW], True where the weight stays. others: refit the layers between and behind them
-    too; what was pruned of such a layer stays pruned. Weights that several nodes read are masked and not refitted.
+    too; what was pruned of such a layer stays pruned. grow: the pattern of the masks, which are then refined by swaps
+    (`sparsec.passes.regrow`), except of layers that had zeros before. Weights that several nodes read are masked and not
+    refitted.
     """
     context = Context.of(model)
     original = ir.from_proto(ir.to_proto(model))
@@ -177,7 +185,8 @@ def reconstruct(
         chosen = mask if mask is not None else supports(weight, True)
         result = Refitted(layer)
         if len(layer.weight.uses()) == 1 and input_of(layer).const_value is None:
-            result = Refitted(layer, *_refit(layer, replay, chosen, ridge, trust, rescale))
+            swaps = grow if mask is not None and supports(weight, True).all() else None
+            result = Refitted(layer, *_refit(layer, replay, chosen, ridge, trust, rescale, swaps))
         elif mask is not None and np.any(weight[~mask] != 0):
             layer.write(np.where(mask, weight, np.zeros((), weight.dtype)))
         replay.changed(layer)
@@ -185,8 +194,9 @@ def reconstruct(
 
 
 def _refit(
-    layer: WeightedLayer, replay: Replay, mask: np.ndarray, ridge: float, trust: float | None, rescale: bool
-) -> tuple[float, float]:
+    layer: WeightedLayer, replay: Replay, mask: np.ndarray, ridge: float, trust: float | None, rescale: bool,
+    grow: Pattern | None,
+) -> tuple[float, float]:  # fmt: skip
     """Write the layer's weight and bias; what `Refitted` says of it."""
     folds, goal = replay.pairs(layer)
     pairs = folds[0] + folds[1]
@@ -198,6 +208,11 @@ def _refit(
     if trust is None:
         trust = held_out_trust(weight, kept, folds, centred, ridge)
     parts = problems(weight, pairs, centred, ridge, trust)
+    if grow is not None:
+        shape = (kept.shape[1], *layer.shape[1:])
+        kept = np.stack([
+            regrow(keep, part.h, part.t, shape, grow) for keep, part in zip(kept, parts, strict=True)
+        ])  # fmt: skip
     rows = [part.full() if keep.all() else part.refit(keep) for part, keep in zip(parts, kept, strict=True)]
     if rescale:
         rows = matched(rows, pairs, centred)

@@ -3,7 +3,8 @@
 Both models have the same nodes; weights of the one change while we walk. Before node i lies a cut: the values that are
 computed by then and still needed. From one cut to the next both models run as segments on every batch, so a whole walk
 costs two runs over the data, however many layers there are. A cut whose values for all samples exceed `STORE` bytes is
-not kept: the walk then runs again from the last one that was, and memory stays bounded.
+not kept: the walk then runs again from the last one that was, and memory stays bounded. One cut is let go batch by batch
+while the next is made.
 
 A layer's goal is the original's output of that layer, behind its bias; its inputs are those of the changed model. (A
 goal behind a residual sum would repair what the stream has gathered; in the runs that had it, together with no rescaling
@@ -12,14 +13,16 @@ of variances, outputs were worse.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
 from sparsec.passes.layers import WeightedLayer
-from sparsec.passes.segments import Segment, batches
+from sparsec.passes.segments import Segment, batches, value_bytes, values_of
 from sparsec.passes.statistics import columns, input_of, outputs, thinning
 from sparsec.passes_api import Samples
 
@@ -27,6 +30,7 @@ STORE = 3 << 28  # bytes of one cut, both models, all samples
 WALK_BATCH = 8  # samples a call: patches of k x k convolutions are k*k times the activation
 
 Batch = dict[str, np.ndarray]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ class Replay:
     def __init__(self, original: ir.Model, model: ir.Model, calibration: Samples, store: int = STORE) -> None:
         self._original, self._model, self._store = original, model, store
         self._calibration, self._count = calibration, len(calibration)
+        self._values = values_of(model)
         self.order = {node: index for index, node in enumerate(model.graph)}
         self._first = {v.name: -1 for v in model.graph.inputs}
         self._last: dict[str | None, int] = {}
@@ -151,27 +156,31 @@ class Replay:
         source, value = str(input_of(layer).name), str(goal.value.name)
         folds = Pairs.zeros(layer), Pairs.zeros(layer)
         same, step = not self.differs(layer), thinning(layer, self._count)
-        keep: list[tuple[Batch, Batch]] | None = []
-        used = 0
-        for number, (first, second) in enumerate(self._advance(names, value, same)):
+        fits = self._bytes(names) * self._count * (1 if same else 2) <= self._store
+        keep: list[tuple[Batch, Batch]] = []
+        for number, (first, second) in enumerate(self._advance(names, value, same, fits)):
             folds[number % 2].add(columns(layer, second[source], step), outputs(layer, first[value], step))
-            if keep is not None:
+            if fits:
                 kept = {n: first[n] for n in names}
-                pair = (kept, kept if same else {n: second[n] for n in names})
-                used += sum(a.nbytes for a in pair[0].values()) * (1 if same else 2)
-                keep = None if used > self._store else [*keep, pair]
-        if keep is not None:
+                keep.append((kept, kept if same else {n: second[n] for n in names}))
+        if fits:
             self._kept, self._starts = keep, names
         return (folds[0].means(), folds[1].means()), goal
 
-    def _advance(self, names: Sequence[str], goal: str, same: bool) -> Iterator[tuple[Batch, Batch]]:
-        """Of each batch: the values `names` of both models, and `goal` of the original."""
+    def _bytes(self, names: Sequence[str]) -> float:
+        """Memory of the values `names` for one sample; infinite if it is not known."""
+        sizes = [value_bytes(self._values[name]) for name in names]
+        return sum(math.inf if size is None else size for size in sizes)
+
+    def _advance(self, names: Sequence[str], goal: str, same: bool, last: bool) -> Iterator[tuple[Batch, Batch]]:
+        """Of each batch: the values `names` of both models, and `goal` of the original. `last`: the cut behind is not
+        needed again."""
         ahead = [n for n in names if n not in self._starts]
         first = Segment(self._original, self._starts, [*ahead, goal])
         second = Segment(self._model, self._starts, ahead) if ahead and not same else None
         given: Iterable[tuple[Batch, Batch]]
         if self._kept is not None:
-            given = self._kept
+            given = _drained(self._kept) if last else self._kept
         else:
             given = ((batch, batch) for batch in batches(self._calibration, WALK_BATCH))
         for a, b in given:
@@ -181,3 +190,10 @@ class Replay:
             else:
                 made = second.run(b) if second is not None else {}
                 yield left, {**{n: b[n] for n in names if n in b}, **made}
+
+
+def _drained(items: list[T]) -> Iterator[T]:
+    """The items, each forgotten when the next is asked for."""
+    items.reverse()
+    while items:
+        yield items.pop()

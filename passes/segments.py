@@ -37,6 +37,11 @@ def batches(samples: Iterable[Mapping[str, np.ndarray]], size: int = BATCH) -> I
         yield {name: np.stack([sample[name] for sample in chunk]) for name in chunk[0]}
 
 
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def values_of(model: ir.Model) -> dict[str, ir.Value]:
     """Every value of the main graph that has a name: inputs, initializers, node outputs."""
     found = {v.name: v for v in model.graph.inputs if v.name}
@@ -129,6 +134,13 @@ def _reads(node: ir.Node) -> Iterator[str | None]:
             yield from (v.name for v in graph.outputs)
 
 
+def value_bytes(value: ir.Value) -> int | None:
+    """Memory of a value of one sample; None if its shape or type is not known."""
+    if value.shape is None or not value.shape.is_static() or value.dtype is None:
+        return None
+    return int(np.prod(value.shape.numpy(), dtype=np.int64)) * int(value.dtype.itemsize)
+
+
 def _shape(value: ir.Value) -> tuple[int, ...]:
     """The static shape, () if it is not known."""
     if value.shape is None or not value.shape.is_static():
@@ -169,9 +181,10 @@ def _session(
         proto.opset_import.append(onnx.helper.make_opsetid(domain, version))
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.intra_op_num_threads = os.cpu_count() or 1
+    options.intra_op_num_threads = processors()
     options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Calls are short and NumPy works between them: threads that spin would take its processors.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # pybind classes without a common base

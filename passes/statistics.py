@@ -10,7 +10,7 @@ A grouped convolution has one gram a group: [G, K, K], [G, K].
 
 Activations are fetched from ONNX Runtime a batch at a time and thrown away; only moments stay. Layers whose moments
 together exceed `budget` bytes are gathered in several runs over the data, so memory is bounded by the largest layer,
-not by the model or the number of samples.
+not by the model or the number of samples. Where the inputs of these layers are large, batches are smaller.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ import onnx_ir as ir
 
 from sparsec.errors import UnsupportedError
 from sparsec.passes.layers import WeightedLayer
-from sparsec.passes.segments import BATCH, Segment, batches
+from sparsec.passes.segments import BATCH, Segment, batches, value_bytes
 from sparsec.passes_api import Context, Samples
 
 BUDGET = 1 << 29  # bytes of moments gathered in one run over the data
+FETCHED = 1 << 27  # bytes of activations of one batch, unless one sample has more
 POSITIONS = 1 << 17  # so many columns make a layer's moments, and at least `PER_INPUT` for each of its inputs
 PER_INPUT = 128
 
@@ -183,9 +184,11 @@ def gather(
         ):
             chosen.append(layers[done + len(chosen)])
             used += moment_bytes(chosen[-1])
+        size = sum(value_bytes(input_of(layer)) or 0 for layer in chosen)
+        at_once = max(1, min(batch, FETCHED // max(size, 1)))
         moments = [Moments.zeros(layer.groups, int(np.prod(layer.shape[1:]))) for layer in chosen]
         names = [str(input_of(layer).name) for layer in chosen]
-        for values in Activations(model).stream(names, calibration, batch):
+        for values in Activations(model).stream(names, calibration, at_once):
             for layer, name, sums in zip(chosen, names, moments, strict=True):
                 sums.add(columns(layer, values[name], thinning(layer, len(calibration))))
             context.tell(f"activations of {chosen[0].name}", done, len(layers))

@@ -8,7 +8,6 @@ feeding them as inputs (MobileNetV2, one thread: 44 ms once and 8 ms a run, agai
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -23,6 +22,7 @@ from sparsec.data import input_spec, load_data
 from sparsec.errors import DataError
 from sparsec.passes.fidelity import Fidelity
 from sparsec.passes.layers import WeightedLayer
+from sparsec.passes.segments import processors
 
 Arrays = Mapping[str, np.ndarray]
 Weights = Mapping[str, np.ndarray]  # initializer name -> array as stored
@@ -46,7 +46,7 @@ def fast_session(proto: onnx.ModelProto) -> ort.InferenceSession:
 
 def in_parallel(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """`function` of each item, in order, on as many threads as this process may use; ONNX Runtime runs outside the GIL."""
-    workers = min(WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    workers = min(WORKERS, processors())
     if workers < 2 or len(items) < 2:
         return _in_turn(function, items)
     with ThreadPoolExecutor(workers) as pool:

@@ -67,7 +67,7 @@ def test_a_constant_that_others_read_or_a_value_is_no_bias(model) -> None:
     assert [g.bias for g in map(goal_of, weighted_layers(made))] == [None, None]
 
 
-@pytest.mark.parametrize("store", [0, 1 << 30])
+@pytest.mark.parametrize("store", [0, 1 << 16, 1 << 18, 1 << 30])
 def test_moments_of_the_walk_are_those_of_both_models(model, store: int) -> None:
     weights = block_weights()
     original, changed = model(BLOCK, **weights), model(BLOCK, **weights)
