@@ -1,6 +1,7 @@
 """Depthwise convolution of 8-bit planes: a word of sums is up to four taps of a kernel row.
 
-    acc[c, oy, ox] = bias[c] + sum over (kh, kw) of w[c, kh, kw] * (x[c // m, oy * sh + kh * dh - top, ox * sw + kw * dw - left] - zero point)
+    acc[c, oy, ox] = bias[c] + sum over (kh, kw) of w[c, kh, kw] * (x[c // m, iy, ix] - zero point)
+    iy = oy * sh + kh * dh - top,  ix = ox * sw + kw * dw - left
     y = acc through `Requantize`
 
 3x3 takes three products of words for each vector of outputs, and a vector of words serves every output row that reads its
