@@ -14,6 +14,7 @@ arXiv:2307.05657.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -93,9 +94,13 @@ def fall_back(trial: Trial, layers: Sequence[str], limit: float = LIMIT, tell: T
         return Fallback((), {}, before, before)
     damages = alone(trial, layers, tell)
     worst = sorted(layers, key=lambda name: -damages[name])
-    low, high, after = 0, len(worst), 0.0  # `low` float layers are too few, `high` are enough
+    low, high, after = 0, 1, math.inf  # `low` float layers are too few; `high` is tried, doubled until it is enough
+    while high < len(worst) and (after := trial.damage(worst[:high])) > limit:
+        low, high = high, min(2 * high, len(worst))
+    if high == len(worst):
+        after = trial.damage(worst)
     while high - low > 1:
-        middle = (low + high) // 2 if low else min(1 + 2 * low, high - 1)
+        middle = (low + high) // 2
         damage = trial.damage(worst[:middle])
         if damage <= limit:
             high, after = middle, damage

@@ -20,6 +20,7 @@ from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from sparsec.passes.fold_constants import constant
 from sparsec.passes.initializers import add_initializer
@@ -303,40 +304,92 @@ def _quantize_value(
         value.name, y.name = f"{name}_float", name
 
 
-def store_weight(model: ir.Model, step: Step, q: np.ndarray, scale: np.ndarray, x_scale: np.float32 | None) -> None:
-    """Replace the layer's weight by `q` int8 [OC, IC, KH, KW] with `scale` [OC], its bias by int32 of x_scale * scale."""
+def store_weight(model: ir.Model, step: Step, q: np.ndarray, scale: np.ndarray, x_scale: np.float32) -> None:
+    """Replace the layer's weight by `q` int8 [OC, IC, KH, KW] with `scale` [OC], its bias by int32 of x_scale * scale.
+
+    A weight that several nodes read is replaced for all of them.
+    """
     layer = step.layer
     assert layer is not None
-    graph, name = model.graph, str(layer.weight.name)
-    stored = np.asarray(layer.stored(q.astype(np.float32)), np.int8)
-    axis = 0 if layer.op == "Conv" else stored.ndim - 1 if layer.transposed else stored.ndim - 2
-    weight = add_initializer(graph, f"{name}_quantized", stored)
-    factor = add_initializer(graph, f"{name}_scale", scale.astype(np.float32))
-    zero = add_initializer(graph, f"{name}_zero_point", np.zeros(len(scale), np.int8))
-    _read_dequantized(graph, layer.node, layer.input_index, [weight, factor, zero], axis, f"{name}_DequantizeLinear")
-    if step.bias is None or x_scale is None:
+    graph = model.graph
+    if layer.weight.const_value is not None and layer.weight.is_initializer():
+        name = str(layer.weight.name)
+        stored = np.asarray(layer.stored(q.astype(np.float32)), np.int8)
+        axis = 0 if layer.op == "Conv" else stored.ndim - 1 if layer.transposed else stored.ndim - 2
+        values = [
+            add_initializer(graph, f"{name}_quantized", stored),
+            add_initializer(graph, f"{name}_scale", scale.astype(np.float32)),
+            add_initializer(graph, f"{name}_zero_point", np.zeros(len(scale), np.int8)),
+        ]
+        readers = [(use.node, use.idx) for use in layer.weight.uses()]
+        read_dequantized(graph, readers, values, {"axis": axis}, f"{name}_DequantizeLinear")
+    if step.bias is None or step.bias.const_value is None:
         return
-    reader, index = next(iter(step.bias.uses()))
     units = (np.float32(x_scale) * scale.astype(np.float32)).astype(np.float32)
-    numbers = step.bias.const_value.numpy()
+    numbers, name = step.bias.const_value.numpy(), str(step.bias.name)
     whole = np.clip(np.rint(numbers.reshape(-1).astype(np.float64) / units), -(2**31), 2**31 - 1).astype(np.int32)
-    bias = str(step.bias.name)
-    axis = numbers.ndim - 1
     values = [
-        add_initializer(graph, f"{bias}_quantized", whole.reshape(numbers.shape)),
-        add_initializer(graph, f"{bias}_scale", units),
-        add_initializer(graph, f"{bias}_zero_point", np.zeros(len(units), np.int32)),
+        add_initializer(graph, f"{name}_quantized", whole.reshape(numbers.shape)),
+        add_initializer(graph, f"{name}_scale", units),
+        add_initializer(graph, f"{name}_zero_point", np.zeros(len(units), np.int32)),
     ]
-    _read_dequantized(graph, reader, index, values, axis, f"{bias}_DequantizeLinear")
+    readers = [(use.node, use.idx) for use in step.bias.uses()]
+    read_dequantized(graph, readers, values, {"axis": numbers.ndim - 1}, f"{name}_DequantizeLinear")
 
 
-def _read_dequantized(
-    graph: ir.Graph, reader: ir.Node, index: int, values: Sequence[ir.Value], axis: int, name: str
+def read_dequantized(
+    graph: ir.Graph,
+    readers: Sequence[tuple[ir.Node, int]],
+    values: Sequence[ir.Value],
+    attributes: Mapping[str, int],
+    name: str,
 ) -> None:
-    node = ir.node("DequantizeLinear", list(values), attributes={"axis": axis}, name=name)
-    old = reader.inputs[index]
-    assert old is not None
-    node.outputs[0].name = f"{values[0].name}_float"
-    node.outputs[0].shape, node.outputs[0].type = values[0].shape, ir.TensorType(ir.DataType.FLOAT)
-    graph.insert_before(reader, node)
-    reader.replace_input_with(index, node.outputs[0])
+    """Let `readers` (node, input) read DequantizeLinear(values): the integers, scale and zero point."""
+    node = ir.node("DequantizeLinear", list(values), attributes=dict(attributes), name=name)
+    y = node.outputs[0]
+    y.name, y.shape, y.type = f"{values[0].name}_float", values[0].shape, ir.TensorType(ir.DataType.FLOAT)
+    first = next(n for n in graph if any(n is reader for reader, _ in readers))
+    graph.insert_before(first, node)
+    for reader, index in readers:
+        reader.replace_input_with(index, y)
+
+
+def float_weights(model: ir.Model) -> int:
+    """Turn dequantized constants that float layers read into plain float constants; how many.
+
+    Of a layer whose input is dequantized too, nothing is touched: it is quantized already.
+    """
+    done = 0
+    for node in list(model.graph):
+        if node.op_type not in WEIGHTED or (data := node.inputs[0]) is None or _dequantizes(data):
+            continue
+        for index in range(1, len(node.inputs)):
+            value = node.inputs[index]
+            maker = _dequantizes(value)
+            if maker is None or value is None or any(constant(x) is None for x in maker.inputs if x is not None):
+                continue
+            array = dequantized(maker)
+            if array is not None:
+                node.replace_input_with(index, add_initializer(model.graph, f"{value.name}_plain", array))
+                done += 1
+    common.RemoveUnusedNodesPass()(model)
+    return done
+
+
+def _dequantizes(value: ir.Value | None) -> ir.Node | None:
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def dequantized(node: ir.Node) -> np.ndarray | None:
+    """What a DequantizeLinear of constants gives, float32; None in blocks."""
+    q, scale, *rest = (constant(x) for x in node.inputs)
+    if q is None or scale is None or node.attributes.get_int("block_size", 0) or scale.dtype != np.float32:
+        return None
+    zero = rest[0] if rest else None
+    if scale.size > 1:
+        shape = [1] * q.ndim
+        shape[node.attributes.get_int("axis", 1)] = scale.size
+        scale, zero = scale.reshape(shape), None if zero is None else zero.reshape(shape)
+    whole = q.astype(np.float32) if zero is None else q.astype(np.float32) - zero.astype(np.float32)
+    return (whole * scale).astype(np.float32)

@@ -61,7 +61,7 @@ class Histogram:
             raise DataError("its values on the calibration data are not finite", "activation")
         self.low, self.high = min(self.low, low), max(self.high, high)
         old = self._average or (low, high)
-        self._average = tuple(MOMENTUM * a + (1 - MOMENTUM) * b for a, b in zip(old, (low, high), strict=True))
+        self._average = MOMENTUM * old[0] + (1 - MOMENTUM) * low, MOMENTUM * old[1] + (1 - MOMENTUM) * high
         self._reach(max(-low, high))
         step = max(1, flat.size // TAKEN) | 1  # odd: does not fall into step with rows of pixels
         flat = flat[::step]

@@ -1,77 +1,138 @@
-"""Quantize to int8: weights symmetric per output channel, activations per tensor, as standard QDQ ONNX."""
+"""Quantize to int8, as standard ONNX with QuantizeLinear (Q) and DequantizeLinear (DQ).
+
+    x = s (q - z)          of an activation: one s and z for the tensor, q uint8 (or int8), 0 exact
+    W = s[n] q             of a weight: one s an output channel, q in -127..127, zeros stay zero
+    b = s_x s[n] q         of a bias: q int32
+    DQ(x), DQ(W), DQ(b) -> layer [-> Relu | Clip] -> Q
+
+What decides the accuracy, each in a file of its own, with calibration data (activations only, no labels):
+
+    where Q and DQ stand            `sparsec.passes.quant_graph`
+    ranges of activations           `sparsec.passes.quant_ranges`
+    layers that stay float          `sparsec.passes.quant_fallback`
+    scales and rounding of weights  `sparsec.passes.quant_weights`
+    layer after layer, bias         `sparsec.passes.quant_layers`
+    weight-only, in groups          `sparsec.passes.quant_only`
+
+A model that was pruned in the same run is rounded with its zeros held, on its own inputs, towards the outputs of the
+model before pruning: what pruning lost is partly made up for while weights are rounded anyway. Never changed: shapes,
+names of inputs and outputs, zeros of weights, layers that are quantized already.
+
+Integer arithmetic: Jacob et al. 2018, arXiv:1712.05877; the whole: Nagel et al. 2021, arXiv:2106.08295.
+"""
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import onnx_ir as ir
 
 from sparsec.errors import RecipeError
 from sparsec.passes.fold_constants import remove_unused_initializers
-from sparsec.passes.layers import WEIGHTED
+from sparsec.passes.layers import WEIGHTED, WeightedLayer, weighted_layers
 from sparsec.passes.quant_fallback import LIMIT, Fallback, Trial, costs_of, fall_back, fall_back_within
-from sparsec.passes.quant_graph import Plan, Range, insert, plan, store_weight
+from sparsec.passes.quant_graph import Plan, Range, float_weights, insert, plan, store_weight
 from sparsec.passes.quant_layers import How, add_biases, nearest, round_layers
+from sparsec.passes.quant_only import round_grouped, store_grouped
 from sparsec.passes.quant_ranges import PERCENTILE, Observer, observe, ranges
 from sparsec.passes.quant_weights import Rounding, Scales
 from sparsec.passes.trial import pick_samples
 from sparsec.passes_api import Context, Pass, PassResult
 
 FALLBACK_SAMPLES = 32
+GROUP = 64
 
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Quantize weights and activations to int8 with calibration data (standard QDQ)."""
+    """Quantize weights and activations to int8 with calibration data, or weights alone to int8 or int4.
+
+    `weights`: auto is int8 with int8 activations; int8 or int4 keeps activations float and takes Gemm and MatMul only,
+    one scale for `group` inputs, `asymmetric` with a zero point. `activations`: type of the quantized ones. `outputs`:
+    whether the model's outputs are rounded to 8 bits too. `observer`: which range of an activation is covered
+    (`percentile`: for that observer). `rounding`, `scales`: of weights. `correct`: biases take the shift of the mean.
+    `trust`: how far layers make up for errors in front of them, 0 to 1 (auto: chosen on held-out samples). `fallback`:
+    auto leaves layers float until the damage (KL of the outputs for classifiers) is at most `damage`; a share: so much of
+    the multiply-adds; none: everything int8. `samples`: of the calibration data. `include`, `exclude`: globs over node
+    names. `types`: operators with weights.
+    """
 
     name: ClassVar[str] = "quantize"
 
-    observer: Observer = "mse"
-    percentile: float = PERCENTILE
+    weights: Literal["auto", "int8", "int4"] = "auto"
+    group: int = GROUP
+    asymmetric: bool = False
     activations: Literal["uint8", "int8"] = "uint8"
     outputs: Literal["float", "int8"] = "float"
+    observer: Observer = "mse"
+    percentile: float = PERCENTILE
     rounding: Rounding = "descent"
     scales: Scales = "mse"
     correct: bool = True
     trust: Literal["auto"] | float = "auto"
-    samples: int = 128
     fallback: Literal["auto", "none"] | float = "auto"
     damage: float = LIMIT
+    samples: int = 64
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     types: tuple[str, ...] = WEIGHTED
 
+    def __post_init__(self) -> None:
+        if self.group < 16 or self.group & (self.group - 1):
+            raise RecipeError(f"quantize: group is a power of two of at least 16, got {self.group}")
+        if not 0.5 < self.percentile <= 1:
+            raise RecipeError(f"quantize: percentile is a share above 0.5 up to 1, got {self.percentile}")
+        if self.trust != "auto" and not 0 <= self.trust <= 1:
+            raise RecipeError(f"quantize: trust is auto or a share from 0 to 1, got {self.trust}")
+        if not isinstance(self.fallback, str) and not 0 <= self.fallback <= 1:
+            raise RecipeError(f"quantize: fallback is auto, none or a share from 0 to 1, got {self.fallback}")
+        if self.samples < 1 or not self.damage >= 0:
+            raise RecipeError(f"quantize: samples is above 0 and damage not below, got {self.samples}, {self.damage}")
+        if self.weights == "auto" and (self.asymmetric or self.group != GROUP):
+            raise RecipeError("quantize: group and asymmetric are of weight-only; add weights=int8 or weights=int4")
+        unknown = [t for t in self.types if t not in WEIGHTED]
+        if unknown or not self.types:
+            raise RecipeError(f"quantize: types must be some of {'+'.join(WEIGHTED)}, got {'+'.join(self.types)!r}")
+
     def call(self, model: ir.Model) -> PassResult:
         context = Context.of(model)
+        if self.weights != "auto":
+            return self._weights_only(model, context)
         if context.calibration is None:
-            raise RecipeError("quantize: int8 activations need --calibration")
-        samples = pick_samples(model, context.calibration, self.samples)
+            what = "the ranges of activations are measured: give --calibration DATA (64 samples do, no labels)"
+            raise RecipeError(f"quantize: {what}, or weights=int8 to quantize weights alone")
+        if not any(True for _ in weighted_layers(model)) and _is_quantized(model):
+            return PassResult(model, False)
+        float_weights(model)
         chosen = self._plan(model)
+        if not chosen.layers:
+            _refuse(chosen.refused)
+        samples = pick_samples(model, context.calibration, self.samples)
         if self.correct and add_biases(model, chosen):
             chosen = self._plan(model)
         found = ranges(observe(model, chosen, samples), self.observer, self.activations, self.percentile)
         named = {str(v.name): found[values[0]] for values in chosen.classes for v in values}
         back = self._fall_back(model, chosen, named, samples, context)
-        if back is not None:
-            context.records.append({"float": list(back.floats), "before": back.before, "after": back.after})
-            if back.floats:
-                chosen = self._plan(model, back.floats)
-                found = {values[0]: named[str(values[0].name)] for values in chosen.classes}
-        every = {v: found[values[0]] for values in chosen.classes for v in values}
-        insert(model, chosen, found)
-        how = How(self.rounding, self.scales, self.correct, self.trust)
+        if back is not None and back.floats:
+            chosen = self._plan(model, back.floats)
+        every = {v: named[str(v.name)] for values in chosen.classes for v in values}
+        insert(model, chosen, every)
         if self.rounding == "nearest" and not self.correct:
             done = [nearest(step, every[step.inputs[0]], self.scales) for step in chosen.layers]
         else:
+            how = How(self.rounding, self.scales, self.correct, self.trust)
             done = list(round_layers(model, chosen, every, context.original, samples, how))
         for rounded in done:
-            layer = rounded.step.layer
             store_weight(model, rounded.step, rounded.q, rounded.scale, every[rounded.step.inputs[0]].scale)
-            context.records.append({"layer": layer.name, "error": rounded.error, "trust": rounded.trust})
         remove_unused_initializers(model.graph)
+        context.records += [_record(r.step.layer, "int8", r.error) for r in done if r.step.layer is not None]
+        context.records += [{"layer": name, "type": "float", "reason": why} for name, why in chosen.refused]
+        if back is not None:
+            damage = {"damage_all_int8": _digits(back.before), "damage_nearest": _digits(back.after)}
+            context.records.append({"floats": list(back.floats), **damage})
         return PassResult(model, True)
 
     def _plan(self, model: ir.Model, floats: Sequence[str] = ()) -> Plan:
@@ -80,17 +141,81 @@ class Quantize(Pass):
     def _fall_back(
         self, model: ir.Model, chosen: Plan, named: Mapping[str, Range], samples: Sequence[Any], context: Context
     ) -> Fallback | None:
-        if self.fallback == "none":
+        if self.fallback == "none" or self.fallback == 0:
             return None
-        trial = Trial(model, self._plan, named, spread(samples, FALLBACK_SAMPLES), self.scales)
+        picked = pick_samples(model, samples, FALLBACK_SAMPLES)
+        trial = Trial(model, self._plan, named, picked, self.scales)
         layers = [step.layer for step in chosen.layers if step.layer is not None]
         if self.fallback == "auto":
             return fall_back(trial, [layer.name for layer in layers], self.damage, context.tell)
         return fall_back_within(trial, costs_of(model, layers, context.price), self.fallback, context.tell)
 
+    def _weights_only(self, model: ir.Model, context: Context) -> PassResult:
+        layers, refused = self._matrices(model)
+        if not layers and _is_quantized(model):
+            return PassResult(model, False)
+        if not layers:
+            _refuse(refused)
+        bits = 8 if self.weights == "int8" else 4
+        samples = None
+        if context.calibration is not None and self.rounding != "nearest":
+            samples = pick_samples(model, context.calibration, self.samples)
+        for grouped in round_grouped(
+            model, layers, samples, bits, self.group, self.asymmetric, self.rounding, self.scales, self.correct
+        ):
+            store_grouped(model, grouped, bits, self.group, self.asymmetric)
+            context.records.append(_record(grouped.layer, self.weights, grouped.error))
+        remove_unused_initializers(model.graph)
+        context.records += [{"layer": name, "type": "float", "reason": why} for name, why in refused]
+        return PassResult(model, True)
 
-def spread(samples: Sequence[Any], count: int) -> list[Any]:
-    """`count` of the samples, evenly spread."""
-    return [
-        samples[i] for i in np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int))
-    ]
+    def _matrices(self, model: ir.Model) -> tuple[list[WeightedLayer], list[tuple[str, str]]]:
+        """Gemm and MatMul layers, each weight once, and why others are left."""
+        layers, refused, seen = [], [], set()
+        for layer in weighted_layers(model):
+            reason = ""
+            if layer.op == "Conv" or layer.op not in self.types:
+                reason = (
+                    "is no Gemm or MatMul" if layer.op == "Conv" else f"has another type than {'+'.join(self.types)}"
+                )
+            elif any(fnmatch.fnmatchcase(layer.name, glob) for glob in self.exclude):
+                reason = f"is excluded by {'+'.join(self.exclude)}"
+            elif self.include and not any(fnmatch.fnmatchcase(layer.name, glob) for glob in self.include):
+                reason = f"is not named by include={'+'.join(self.include)}"
+            elif layer.op == "MatMul" and layer.input_index == 0:
+                reason = "has its constant on the left"
+            elif layer.tensor.dtype != ir.DataType.FLOAT:
+                reason = f"has weights of type {layer.tensor.dtype.name}"
+            elif layer.weight in seen:
+                continue
+            elif any(use.node.op_type != layer.op for use in layer.weight.uses()):
+                reason = "shares its weight with another operator"
+            if reason:
+                refused.append((layer.name, reason))
+            else:
+                seen.add(layer.weight)
+                layers.append(layer)
+        return layers, refused
+
+
+def _refuse(refused: Sequence[tuple[str, str]]) -> None:
+    if not refused:
+        raise RecipeError("0 of 0 layers matched: the model has no Conv, Gemm or MatMul with a constant weight")
+    reasons: dict[str, list[str]] = {}
+    for name, reason in refused:
+        reasons.setdefault(reason, []).append(name)
+    parts = [f"{len(names)} {reason} ({', '.join(names[:3])})" for reason, names in sorted(reasons.items())]
+    raise RecipeError(f"0 of {len(refused)} layers matched: {'; '.join(parts)}")
+
+
+def _is_quantized(model: ir.Model) -> bool:
+    return any(node.op_type == "DequantizeLinear" for node in model.graph)
+
+
+def _record(layer: WeightedLayer, kind: str, error: float | None) -> dict[str, Any]:
+    record: dict[str, Any] = {"layer": layer.name, "type": kind}
+    return record if error is None else {**record, "error": _digits(error)}
+
+
+def _digits(x: float) -> float:
+    return float(f"{x:.4g}")
