@@ -24,7 +24,9 @@ def function(arguments: list[tuple[str, int, str]], body: Callable[..., None]) -
         T.func_name("kernel")
         buffers = [T.arg(name, T.buffer((max(size, 1),), dtype)) for name, size, dtype in arguments]
         begin, end = T.arg("begin", T.int32()), T.arg("end", T.int32())
-        body(*buffers, begin, end)
+        # Where a tile number could be negative, TVM divides it after adding a constant so large that it may overflow,
+        # which LLVM takes for impossible: bounds of inner loops were lost.
+        body(*buffers, T.max(begin, 0), T.max(end, 0))
     return builder.get()
 
 

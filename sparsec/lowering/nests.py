@@ -260,7 +260,8 @@ def _nest(group: _Group, names: dict[Any, str], private: set[Any], lanes: int) -
         if stack:
             inner = sequence([*(tirx.AllocBuffer(b) for b in stack.values()), inner])
         inner = substitute(inner, values)
-    loop = tirx.For(t, begin, end - begin, tirx.ForKind.SERIAL, inner)
+    first = tirx.max(begin, 0)  # as in emit.function: TVM must see that tile numbers are not negative
+    loop = tirx.For(t, first, tirx.max(end, 0) - first, tirx.ForKind.SERIAL, inner)
     func = tirx.PrimFunc([*(flat[b] for b in order), begin, end], loop).with_attrs(
         {"s_tir": True, "tirx.noalias": True}
     )

@@ -13,12 +13,14 @@ from sparsec.lowering.rules.elementwise import take_activation, take_binary
 from sparsec.lowering.rules.normalization import take_layernorm, take_softmax
 from sparsec.lowering.rules.pooling import take_global_pool, take_pool
 from sparsec.lowering.rules.product import take_gemm, take_matmul
+from sparsec.lowering.rules.quantized_conv import take_quantized_conv
 from sparsec.lowering.rules.views import take_concat, take_split, take_view
 
 RULES: tuple[Rule, ...] = (
     take_view,
     take_split,
     take_concat,
+    take_quantized_conv,
     take_conv,
     take_gemm,
     take_matmul,

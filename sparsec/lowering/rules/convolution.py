@@ -64,6 +64,13 @@ def read_conv(node: ir.Node) -> ConvNode | str:
     x = float_input(node)
     if isinstance(x, str):
         return x
+    return read_window(node, w, bias)
+
+
+def read_window(node: ir.Node, w: np.ndarray, bias: np.ndarray | None = None) -> ConvNode | str:
+    """The node as 2-D with weights `w`, or why it has no kernel."""
+    x = node.inputs[0]
+    assert x is not None
     rank = w.ndim - 2
     if rank not in (1, 2):
         return f"it is a {rank}-D convolution"

@@ -1,0 +1,107 @@
+"""Conv between integers: DequantizeLinear -> Conv [activation] [residual Add] -> QuantizeLinear by the 8-bit family."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+import onnx_ir as ir
+
+from sparsec.kernels.base import Machine
+from sparsec.kernels.conv import Geometry, int8
+from sparsec.kernels.quantized import QuantType, Requantize, correction
+from sparsec.lowering.calls import Calls
+from sparsec.lowering.prices import SPARSE_FROM, Bound, Prices, Way, choose
+from sparsec.lowering.quantized import QuantGroup, Source, bias, fuse_quantized, source, weight
+from sparsec.lowering.rules.base import Context, Taken, declare, node_names, record
+from sparsec.lowering.rules.convolution import ConvNode, read_window
+from sparsec.lowering.structure import detect_structure
+
+
+def price_quantized_conv(machine: Machine, geometry: Geometry, w: np.ndarray, x: QuantType) -> Prices:
+    """Price every stored form and tiling of an 8-bit convolution; sparse ones only if there are zeros to speak of."""
+    structure = detect_structure(w)
+    ways: list[Way] = []
+    stored = {}
+    for form in int8.TABLE:
+        if form.sparse and structure.zeros < SPARSE_FROM:
+            continue
+        columns = int8.stored_words(w, form, machine, geometry)
+        ways += [Way(form.name, form.sparse, us, form, t) for us, t in int8.ranked(machine, geometry, form, columns)]
+        if form.sparse:
+            groups = -(-w.shape[0] // form.rows)
+            stored[form.name] = round(100 * columns[form.rows] / (groups * int8.in_words(geometry).taps))
+
+    def calls(way: Way) -> Bound:
+        scale = np.ones(w.shape[0], np.float32)
+        prepare, main = int8.bind(
+            machine, geometry, w, x=x, w_scale=scale, steps=Requantize(x), form=way.form, tiling=way.tiling
+        )
+        if prepare is None:
+            return [(main, {"x": "x", "y": "y"})]
+        return [(prepare, {"x": "x", "prepared": "prepared"}), (main, {"x": "prepared", "y": "y"})]
+
+    shape = {key: list(value) for key, value in asdict(geometry).items()}
+    facts = {"op": "Conv", "element": x.dtype, **shape, "stored": stored}
+    return Prices(facts, w.reshape(w.shape[0], -1), structure, tuple(ways), calls)
+
+
+def take_quantized_conv(node: ir.Node, context: Context) -> Taken | str | None:
+    """Conv of integers, groups 1."""
+    if node.op_type != "Conv" or (x := source(node.inputs[0])) is None:
+        return None
+    w = weight(node.inputs[1], 0)
+    if isinstance(w, str):
+        return w
+    read = read_window(node, w.integers)
+    if isinstance(read, str):
+        return read
+    if read.groups != 1:
+        return f"{read.groups} groups"
+    units = bias(node.inputs[2] if len(node.inputs) > 2 else None, np.float32(x.type.scale) * w.scale)
+    if isinstance(units, str):
+        return units
+    machine = context.machine.single()
+    try:
+        correction(machine, read.w, units, x.type)
+    except ValueError as error:
+        return str(error)
+    through = tuple(v.producer() for v in node.inputs if v is not None and v.producer() is not None)
+    group = fuse_quantized(node, context.taken, through=through)  # type: ignore[arg-type]
+    return Taken(group, lambda calls: _emit(calls, group, read, x, w.scale, units, machine, context))
+
+
+def _emit(
+    calls: Calls, group: QuantGroup, read: ConvNode, x: Source, scale: np.ndarray, units: np.ndarray | None,
+    machine: Machine, context: Context,
+) -> None:  # fmt: skip
+    geometry = read.geometry
+    prices = price_quantized_conv(machine, geometry, read.w, x.type)
+    way, candidates, reason = choose(prices, context.tuning.find(group.name, prices) if context.tuning else None)
+    prepare, main = int8.bind(
+        machine,
+        geometry,
+        read.w,
+        x=x.type,
+        w_scale=scale,
+        steps=group.steps,
+        form=way.form,
+        bias=units,
+        tiling=way.tiling,
+    )
+    names = node_names(group)
+    origin = declare(calls, x.value)
+    y = declare(calls, group.output, "float32")
+    if prepare is not None:
+        shape = int8.padded(geometry).prepared_shape
+        prepared = calls.value(calls.fresh(f"{group.name}/prepared"), shape, x.type.dtype)
+        calls.emit(prepare, {"x": origin, "prepared": prepared}, ("prepared",), names, group.name)
+        origin = prepared
+    bound = {"x": origin, "y": y}
+    if group.other is not None:
+        bound["residual"] = declare(calls, group.other, "float32")
+    calls.emit(main, bound, ("y",), names, group.name)
+    record(
+        calls, group, main.name, reason, zeros=float(np.mean(read.w == 0)), structure=str(prices.structure),
+        candidates=candidates, bytes=sum(a.nbytes for a in main.constants.values()), predicted_us=way.predicted_us,
+    )  # fmt: skip
