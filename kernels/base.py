@@ -16,7 +16,8 @@ CHAIN = 128  # terms of a float16 sum: without this limit 512 terms cost 2 % les
 class Machine:
     """The facts about a CPU that kernels and the cost model need; a subset of a target.
 
-    `lanes`: lanes of `element` (float32, float16, or int32 as words of four 8-bit values) in a vector register. `registers`: architectural vector registers.
+    `lanes`: lanes of `element` (float32, float16, or int32 as words of four 8-bit values) in a vector register.
+    `registers`: architectural vector registers.
     `fma`, `loads`, `uops`: sustained per cycle, for full vectors. `lane_fma`: FMA takes one lane of a register as
     multiplier (Arm), so that weights are loaded as vectors instead of broadcast. `group_cycles`: start and end of a
     register tile. `row_cycles`: start of one row's copy into the panel. `dot`: the instruction of 8-bit sums

@@ -148,16 +148,21 @@ def fuse_quantized(
     taken: Set[ir.Node],
     *,
     through: tuple[ir.Node, ...] = (),
+    added: ir.Node | None = None,
     residual: bool = True,
     activation: bool = True,
 ) -> QuantGroup:
-    """`main` with all that can be fused behind it, up to its QuantizeLinear; `through`: what it reads past."""
+    """`main` with all that can be fused behind it, up to its QuantizeLinear; `through`: what it reads past.
+
+    `added`: the node that alone reads `main` and adds its bias.
+    """
 
     def act(value: ir.Value) -> tuple[Activation, list[ir.Node], ir.Value] | None:
         found = find_activation(value) if activation else None
         return found if found is not None and taken.isdisjoint(found[1]) else None
 
-    value, nodes, applied = main.outputs[0], [main], NONE
+    nodes = [main] if added is None else [main, added]
+    value, applied = nodes[-1].outputs[0], NONE
     if (found := act(value)) is not None:
         applied, more, value = found
         nodes += more
@@ -176,11 +181,11 @@ def fuse_quantized(
             return ended
         nodes += [quantized[0], again]
         inner, value = quantized[1], again.outputs[0]
-    added = _add_behind(value, taken)
-    if added is None:
+    sum_of = _add_behind(value, taken)
+    if sum_of is None:
         return ended
-    nodes.append(added[0])
-    other, past, value = added[1], source(added[1]), added[0].outputs[0]
+    nodes.append(sum_of[0])
+    other, past, value = sum_of[1], source(sum_of[1]), sum_of[0].outputs[0]
     second = NONE
     if (found := act(value)) is not None:
         if applied != NONE:
@@ -201,6 +206,12 @@ def fuse_quantized(
         main, in_graph_order(nodes), value, activation=steps.activation, residual=kind,
         other=past.value if past else other, steps=steps, through=(*through, *([past.through] if past else [])),
     )  # fmt: skip
+
+
+def read_past(node: ir.Node) -> tuple[ir.Node, ...]:
+    """The DequantizeLinear nodes in front of a node."""
+    makers = [value.producer() for value in node.inputs if value is not None]
+    return tuple(maker for maker in makers if maker is not None and maker.op_type == "DequantizeLinear")
 
 
 def unread(node: ir.Node, groups: dict[ir.Node, Group]) -> bool:

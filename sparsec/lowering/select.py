@@ -14,6 +14,7 @@ from sparsec.lowering.rules.normalization import take_layernorm, take_softmax
 from sparsec.lowering.rules.pooling import take_global_pool, take_pool
 from sparsec.lowering.rules.product import take_gemm, take_matmul
 from sparsec.lowering.rules.quantized_conv import take_quantized_conv
+from sparsec.lowering.rules.quantized_product import take_quantized_product
 from sparsec.lowering.rules.views import take_concat, take_split, take_view
 
 RULES: tuple[Rule, ...] = (
@@ -21,6 +22,7 @@ RULES: tuple[Rule, ...] = (
     take_split,
     take_concat,
     take_quantized_conv,
+    take_quantized_product,
     take_conv,
     take_gemm,
     take_matmul,

@@ -64,7 +64,9 @@ def test_equals_onnx_runtime(kind: str, attributes: dict[str, Any], direction: s
 
 
 def test_a_longer_sequence_is_refused_with_what_to_do() -> None:
-    with pytest.raises(UnsupportedError, match="sequence has 5 steps, at most 4 are written out; load it with load_model"):
+    with pytest.raises(
+        UnsupportedError, match="sequence has 5 steps, at most 4 are written out; load it with load_model"
+    ):
         load_model(network("GRU"), unroll=4)
     assert load_model(network("GRU"), unroll=5)
 

@@ -1,4 +1,4 @@
-"""Conv between integers: DequantizeLinear -> Conv [activation] [residual Add] -> QuantizeLinear by the 8-bit family."""
+"""Conv between integers: DequantizeLinear -> Conv [activation] [residual Add] -> QuantizeLinear by the 8-bit families."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from dataclasses import asdict
 import numpy as np
 import onnx_ir as ir
 
-from sparsec.kernels.base import Machine
+from sparsec.kernels import depthwise_int8
+from sparsec.kernels.base import Machine, roofline_us
 from sparsec.kernels.conv import Geometry, int8
 from sparsec.kernels.quantized import QuantType, Requantize, correction
 from sparsec.lowering.calls import Calls
+from sparsec.lowering.match import dims
 from sparsec.lowering.prices import SPARSE_FROM, Bound, Prices, Way, choose
-from sparsec.lowering.quantized import QuantGroup, Source, bias, fuse_quantized, source, weight
-from sparsec.lowering.rules.base import Context, Taken, declare, node_names, record
+from sparsec.lowering.quantized import QuantGroup, Source, bias, fuse_quantized, read_past, source, weight
+from sparsec.lowering.rules.base import Context, Taken, declare, emit_simple, node_names, record
 from sparsec.lowering.rules.convolution import ConvNode, read_window
+from sparsec.lowering.rules.quantized_product import bind_quantized_product
 from sparsec.lowering.structure import detect_structure
 
 
@@ -47,7 +50,7 @@ def price_quantized_conv(machine: Machine, geometry: Geometry, w: np.ndarray, x:
 
 
 def take_quantized_conv(node: ir.Node, context: Context) -> Taken | str | None:
-    """Conv of integers, groups 1."""
+    """Conv of integers: groups 1, or depthwise."""
     if node.op_type != "Conv" or (x := source(node.inputs[0])) is None:
         return None
     w = weight(node.inputs[1], 0)
@@ -56,8 +59,6 @@ def take_quantized_conv(node: ir.Node, context: Context) -> Taken | str | None:
     read = read_window(node, w.integers)
     if isinstance(read, str):
         return read
-    if read.groups != 1:
-        return f"{read.groups} groups"
     units = bias(node.inputs[2] if len(node.inputs) > 2 else None, np.float32(x.type.scale) * w.scale)
     if isinstance(units, str):
         return units
@@ -66,8 +67,24 @@ def take_quantized_conv(node: ir.Node, context: Context) -> Taken | str | None:
         correction(machine, read.w, units, x.type)
     except ValueError as error:
         return str(error)
-    through = tuple(v.producer() for v in node.inputs if v is not None and v.producer() is not None)
-    group = fuse_quantized(node, context.taken, through=through)  # type: ignore[arg-type]
+    shape = {"strides": read.strides, "pads": read.pads, "dilations": read.dilations}
+    if read.groups > 1:
+        refused = depthwise_int8.refusal(machine, read.x_shape, read.w.shape, read.groups, **shape)
+        if refused is not None:
+            return refused
+    group = fuse_quantized(node, context.taken, through=read_past(node))
+    if read.groups > 1:
+        call = depthwise_int8.bind(
+            machine, x_shape=read.x_shape, w=read.w, bias=units, x=x.type, w_scale=w.scale, steps=group.steps, **shape
+        )
+        outputs = float(np.prod(dims(group.output)))
+        us = roofline_us(machine, outputs * read.w[0].size / 2, float(np.prod(read.x_shape)) + outputs)
+        inputs = {"x": x.value} | ({"residual": group.other} if group.other is not None else {})
+        return Taken(group, emit_simple(group, call, inputs, "depthwise", us))
+    if read.one_pixel:
+        return bind_quantized_product(
+            group, context, x, read.x_shape[0], read.w.reshape(read.w.shape[0], -1), w.scale, units
+        )
     return Taken(group, lambda calls: _emit(calls, group, read, x, w.scale, units, machine, context))
 
 
