@@ -12,7 +12,8 @@ so that shape arithmetic of any depth folds in one walk once the input shapes ar
 initializers; nodes and initializers that nothing reads disappear.
 
 Never folded: random operators; results much larger than what they are made from (`GROWTH_BYTES`); a DequantizeLinear
-of whole numbers (a quantized weight or bias: its stored form is its meaning).
+of whole numbers in a model that also quantizes activations, or by blocks: there the stored form is what is computed with.
+Where only weights are stored as integers, layers compute in float, and so the weights become floats.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ class _Walk:
         self.loops: dict[ir.Node, LoopState] = {}
         self.opsets = dict(model.opset_imports)
         self.ir_version = model.ir_version
+        self.keeps_integers = _quantizes_activations(model.graph)
         self.typed = 0  # values whose shape or type was not known before
 
     def run(self) -> int:
@@ -164,7 +166,9 @@ class _Walk:
         empty = [_empty(y) for y in node.outputs]
         if empty and all(e is not None for e in empty):
             return empty
-        if any(constant(x) is None for x in inputs) or node.op_type in RANDOM or _is_quantized_weight(node):
+        if any(constant(x) is None for x in inputs) or node.op_type in RANDOM:
+            return None
+        if node.op_type == "DequantizeLinear" and (self.keeps_integers or node.attributes.get_int("block_size", 0)):
             return None
         return self._compute(node, inputs)
 
@@ -316,6 +320,11 @@ def _shape_of(node: ir.Node, shape: tuple[int, ...]) -> np.ndarray:
     return np.array(shape[start:end], dtype=np.int64)
 
 
-def _is_quantized_weight(node: ir.Node) -> bool:
-    x = node.inputs[0] if node.op_type == "DequantizeLinear" else None
-    return x is not None and x.dtype is not None and x.dtype.is_integer()
+def _quantizes_activations(graph: ir.Graph) -> bool:
+    """Whether some DequantizeLinear reads what is computed or given."""
+    for node in graph:
+        x = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        maker = x.producer() if x is not None else None
+        if x is not None and constant(x) is None and (maker is None or maker.op_type != "Constant"):
+            return True
+    return False
