@@ -6,7 +6,19 @@ import importlib
 import importlib.util
 from typing import Any
 
-FAMILIES = ("conv", "depthwise", "gemm", "gemm_int8", "fc", "fc_int8", "pool", "elementwise", "normalize")
+FAMILIES = (
+    "conv",
+    "conv.int8",
+    "depthwise",
+    "depthwise_int8",
+    "gemm",
+    "gemm_int8",
+    "fc",
+    "fc_int8",
+    "pool",
+    "elementwise",
+    "normalize",
+)
 
 
 def tables() -> tuple[Any, ...]:
