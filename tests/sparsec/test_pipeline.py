@@ -136,7 +136,7 @@ SPECS = {
     "prune:": r"expected NAME\[:key=value,...\]",
     "prune:sparsity=0.1,sparsity=0.2": r"given twice",
     "prune:scope=model": r"scope must be one of layer, global, got 'model'",
-    "fold-constants:x=1": r"has no option 'x'; it has no options",
+    "remove-no-ops:x=1": r"has no option 'x'; it has no options",
 }
 
 
