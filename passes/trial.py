@@ -22,7 +22,7 @@ from sparsec.data import input_spec, load_data
 from sparsec.errors import DataError
 from sparsec.passes.fidelity import Fidelity
 from sparsec.passes.layers import WeightedLayer
-from sparsec.passes.segments import processors
+from sparsec.passes.segments import FLOAT_ACTIVATIONS, processors
 
 Arrays = Mapping[str, np.ndarray]
 Weights = Mapping[str, np.ndarray]  # initializer name -> array as stored
@@ -41,6 +41,7 @@ def fast_session(proto: onnx.ModelProto) -> ort.InferenceSession:
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
+    options.add_session_config_entry(*FLOAT_ACTIVATIONS)
     return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

@@ -33,6 +33,8 @@ class OrtSession(Session):
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        # The reference computes what the model says: with grouped integer weights activations stay float.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         self._where = where or (str(model) if not isinstance(model, bytes) else "model")
