@@ -30,6 +30,7 @@ BUILT_IN = {
     "emulated": "sparsec.runtimes.emulated:Emulated",
     "adb": "sparsec.runtimes.adb:Adb",
     "ssh": "sparsec.runtimes.ssh:Ssh",
+    "node": "sparsec.runtimes.node:Node",
     "ort": "sparsec.runtimes.ort:Ort",
 }
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from sparsec.data import Images, InputSpec
 from sparsec.errors import ArtifactError, BuildError, SparsecError, UsageError
+from sparsec.targets import container
 
 if TYPE_CHECKING:
     from sparsec.bench import Timing
@@ -34,15 +35,11 @@ if TYPE_CHECKING:
 SCHEMA = 1
 SUFFIX = ".sparsec"
 MANIFEST = "manifest.json"
-FILES = (
-    "bench",
-    "libmodel.a",
-    "libmodel.so",
-    "model.h",
-    "model.onnx",
-    "parity.bin",
-    "report.json",
-)  # weights.bin apart
+CODE = {"elf": "libmodel.so", "wasm": "model.wasm"}  # by `Target.container`
+FILES = {
+    "elf": ("bench", "libmodel.a", "libmodel.so", "model.h", "model.onnx", "parity.bin", "report.json"),
+    "wasm": ("model.d.ts", "model.js", "model.onnx", "model.wasm", "parity.bin", "report.json"),
+}  # weights.bin apart
 DTYPES = frozenset(
     {"float16", "float32", "float64", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "bool"}
 )
@@ -219,7 +216,11 @@ def write_artifact(
     from sparsec.inspection import report
 
     (directory / "model.onnx").write_bytes(model_bytes)
-    sizes = {name: (directory / name).stat().st_size for name in _names(facts.embed_weights) if name != "report.json"}
+    sizes = {
+        name: (directory / name).stat().st_size
+        for name in _names(program.target.arch, facts.embed_weights)
+        if name != "report.json"
+    }
     (directory / "report.json").write_text(dump_json(report(program, model_bytes, sizes)), encoding="utf-8")
     target = program.target
     manifest = {
@@ -243,7 +244,7 @@ def write_artifact(
         "parity": dict(parity) if parity is not None else None,
         "files": {
             name: {"bytes": (directory / name).stat().st_size, "sha256": sha256(directory / name)}
-            for name in _names(facts.embed_weights)
+            for name in _names(target.arch, facts.embed_weights)
         },
     }
     manifest = json.loads(dump_json(manifest))  # exactly what a reader gets
@@ -256,8 +257,14 @@ def _tensor(tensor: Any) -> dict[str, Any]:
     return {"name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype, "quantization": None}
 
 
-def _names(embed_weights: bool) -> tuple[str, ...]:
-    return FILES if embed_weights else (*FILES, "weights.bin")
+def _names(arch: str, embed_weights: bool) -> tuple[str, ...]:
+    files = FILES[container(arch)]
+    return files if embed_weights else (*files, "weights.bin")
+
+
+def code_file(arch: str) -> str:
+    """The file that holds the kernels in an artifact for `arch`."""
+    return CODE[container(arch)]
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -360,8 +367,9 @@ def check_manifest(manifest: object, directory: Path) -> None:
             raise c.fail("parity.passed", "true or false", parity.get("passed"))
         c.items(parity.get("outputs"), "parity.outputs")
     files = c.table(top["files"], "files")
-    if set(files) != set(_names(top["embed_weights"])):
-        raise c.fail("files", f"exactly {', '.join(_names(top['embed_weights']))}", sorted(files))
+    names = _names(target["arch"], top["embed_weights"])
+    if set(files) != set(names):
+        raise c.fail("files", f"exactly {', '.join(names)}", sorted(files))
     for name, facts in files.items():
         entry = c.table(facts, f"files.{name}")
         c.number(entry.get("bytes"), f"files.{name}.bytes", 0, 1 << 48)
@@ -455,10 +463,11 @@ class Artifact:
 
     @property
     def bytes(self) -> dict[str, int]:
-        """Stored bytes: packed weights, code (libmodel.so) and the ONNX model beside them."""
+        """Stored bytes: packed weights, code (libmodel.so, model.wasm) and the ONNX model beside them."""
         files = self.manifest["files"]
         weights = files["weights.bin"]["bytes"] if "weights.bin" in files else 0
-        return {"weights": weights, "code": files["libmodel.so"]["bytes"], "onnx": files["model.onnx"]["bytes"]}
+        code = files[code_file(self.manifest["target"]["arch"])]["bytes"]
+        return {"weights": weights, "code": code, "onnx": files["model.onnx"]["bytes"]}
 
     def run(
         self, inputs: Mapping[str, np.ndarray], runtime: str | None = None, threads: int | None = None

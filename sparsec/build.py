@@ -1,4 +1,6 @@
-"""Program -> files: weights.bin, libmodel.so, libmodel.a, model.h, bench. The one module that runs ziglang.
+"""Program -> files: weights.bin, libmodel.so, libmodel.a, model.h, bench; the one module that runs ziglang.
+
+A target whose code is a WebAssembly module is built by `sparsec.wasm` with what is here.
 
 Kernels come from `sparsec.codegen` as one object. Runtime objects are the same for every model of a target and are kept
 in a cache. Nothing in the files depends on where or when they were made.
@@ -70,7 +72,12 @@ def build(
     prefix = c_prefix(name or program.name)
     with tempfile.TemporaryDirectory(prefix="sparsec-") as folder:
         try:
-            _build(program, Path(folder), Path(directory), prefix, threads, embed_weights, say)
+            if program.target.container == "wasm":
+                from sparsec.wasm import build_wasm
+
+                build_wasm(program, Path(folder), Path(directory), threads, embed_weights, say)
+            else:
+                _build(program, Path(folder), Path(directory), prefix, threads, embed_weights, say)
         except OSError as error:
             raise BuildError(f"cannot write: {error.strerror or error}", str(error.filename or directory)) from error
 
@@ -105,10 +112,10 @@ def _build(
 
     if any(not _kept(triple, sources).is_dir() for triple, sources in runtimes):
         say("compiling the runtime (only this first time; C libraries too, up to a minute)")
-    _compile(work, model_sources, target.zig_triple)
+    compile_sources(work, model_sources, target.zig_triple)
     model_objects = [*(Path(source).with_suffix(".o").name for source in model_sources), "kernels.o"]
     shared, static = (
-        _runtime_objects(triple, sources, work / folder)
+        runtime_objects(triple, sources, work / folder)
         for (triple, sources), folder in zip(runtimes, ("shared", "static"), strict=True)
     )
 
@@ -134,10 +141,11 @@ sparsec_embedded_weights:
     .section .note.GNU-stack, "", %progbits
 """
 
-_EXPORTS = "{ global: sparsec_open; sparsec_open_file; sparsec_run; sparsec_close; sparsec_input_count; " + (
-    "sparsec_output_count; sparsec_input_info; sparsec_output_info; sparsec_arena_bytes; sparsec_error_string; "
-    "sparsec_version; sparsec_features_needed; local: *; };\n"
-)
+EXPORTS = (
+    "sparsec_open", "sparsec_open_file", "sparsec_run", "sparsec_close", "sparsec_input_count", "sparsec_output_count",
+    "sparsec_input_info", "sparsec_output_info", "sparsec_arena_bytes", "sparsec_error_string", "sparsec_version",
+    "sparsec_features_needed",
+)  # fmt: skip
 
 
 def kernel_object(program: Program, path: Path) -> bytes:
@@ -203,22 +211,27 @@ def run_zig(arguments: Sequence[str], folder: Path) -> None:
         raise failure
 
 
-def _compile(folder: Path, sources: Iterable[str], triple: str) -> None:
+def c_flags(triple: str) -> tuple[str, ...]:
+    """How C is compiled for `triple`; a WebAssembly module is never loaded beside another."""
+    return tuple(flag for flag in C_FLAGS if flag != "-fPIC" or not triple.startswith("wasm32"))
+
+
+def compile_sources(folder: Path, sources: Iterable[str], triple: str) -> None:
     """Compile each source of `folder` to NAME.o beside it."""
     for source in sources:
-        flags = C_FLAGS if source.endswith(".c") else ()
+        flags = c_flags(triple) if source.endswith(".c") else ()
         run_zig(["cc", "-target", triple, *flags, "-c", source, "-o", str(Path(source).with_suffix(".o"))], folder)
 
 
 def _kept(triple: str, sources: Sequence[str]) -> Path:
     """Where the cache has the objects of these runtime sources, if it has them."""
-    key = hashlib.sha256(repr((triple, C_FLAGS, metadata.version("ziglang"))).encode())
+    key = hashlib.sha256(repr((triple, c_flags(triple), metadata.version("ziglang"))).encode())
     for file in (*HEADERS, *sources):
         key.update(hashlib.sha256(_source(file)).digest())
     return cache_folder() / "runtime" / key.hexdigest()[:32]
 
 
-def _runtime_objects(triple: str, sources: Sequence[str], into: Path) -> list[str]:
+def runtime_objects(triple: str, sources: Sequence[str], into: Path) -> list[str]:
     """The runtime's objects for `triple`, put into the folder `into`, from the cache if they are there."""
     kept = _kept(triple, sources)
     names = [Path(source).with_suffix(".o").name for source in sources]
@@ -228,7 +241,7 @@ def _runtime_objects(triple: str, sources: Sequence[str], into: Path) -> list[st
             (into / name).write_bytes((kept / name).read_bytes())
     else:
         runtime_sources(into, (*HEADERS, *sources))
-        _compile(into, sources, triple)
+        compile_sources(into, sources, triple)
         _keep(into, names, kept)
     return [f"{into.name}/{name}" for name in names]
 
@@ -248,7 +261,8 @@ def _keep(folder: Path, names: Sequence[str], kept: Path) -> None:
 
 
 def _link_shared(work: Path, target: Target, objects: Sequence[str], path: Path) -> None:
-    (work / "exports.map").write_text(_EXPORTS, encoding="utf-8")
+    names = " ".join(f"{name};" for name in EXPORTS)
+    (work / "exports.map").write_text(f"{{ global: {names} local: *; }};\n", encoding="utf-8")
     command = ["cc", "-target", target.zig_triple, "-shared", "-s", "-o", "libmodel.so", *objects]
     command += ["-Wl,--version-script=exports.map", "-Wl,--gc-sections", "-Wl,-z,defs", "-Wl,-soname,libmodel.so"]
     command += [f"-Wl,-z,max-page-size={PAGE_BYTES}", "-Wl,--build-id=none"]

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsec.artifact import code_file
+
 if TYPE_CHECKING:
     import onnx_ir
     from rich.console import Console
@@ -71,7 +73,7 @@ def report(program: Program, model_bytes: bytes, sizes: Mapping[str, int] | None
     counts = weight_counts(model_bytes)
     predicted = sum(layer.predicted_us for layer in program.layers)
     generic = sum(layer.predicted_us for layer in program.layers if layer.route == "generic")
-    code = None if sizes is None else sizes["libmodel.so"]
+    code = None if sizes is None else sizes[code_file(program.target.arch)]
     weights = program.weights_bytes if sizes is None else sizes.get("weights.bin", 0)
     return {
         "model": program.name,
@@ -110,7 +112,8 @@ def inspect_model(model: onnx_ir.Model, target: Target, name: str = "model") -> 
 def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
     """Report on an artifact: its report.json, and how small its weights and code become when compressed."""
     result = artifact.report
-    files = [artifact.path / "libmodel.so", artifact.path / "weights.bin"]
+    code = code_file(artifact.manifest["target"]["arch"])
+    files = [artifact.path / code, artifact.path / "weights.bin"]
     result["totals"]["gzip_bytes"] = _gzip(_chunks([file for file in files if file.exists()]))
     return result
 

@@ -34,14 +34,26 @@ class Target:
         return "f16" if self.machine.element == "float16" else "f32"
 
     @property
+    def container(self) -> str:
+        """What the code is linked into: `elf` libraries or a `wasm` module."""
+        return container(self.arch)
+
+    @property
     def zig_triple(self) -> str:
         """ziglang's target for shared libraries. glibc 2.17 is what the oldest supported boards carry."""
+        if self.container == "wasm":
+            return "wasm32-wasi"
         return f"{self.arch}-linux-android" if self.os == "android" else f"{self.arch}-linux-gnu.2.17"
 
     @property
     def zig_static_triple(self) -> str:
         """ziglang's target for static executables (`bench`)."""
         return f"{self.arch}-linux-musl"
+
+
+def container(arch: str) -> str:
+    """What code for `arch` is linked into: `elf` libraries or a `wasm` module."""
+    return "wasm" if arch == "wasm32" else "elf"
 
 
 @cache

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 UNIT_ROUNDOFF = 2.0**-24  # of float32
 HALF_ROUNDOFF = 2.0**-11  # of float16
 SIGMAS = 4.0  # the largest of 1000 normal values is 3.3 sigma on average
-CEILING = {"x86_64": 2e-5, "aarch64": 5e-5}  # no model may need more; a larger derived value is cut to this
+CEILING = {
+    "x86_64": 2e-5,
+    "aarch64": 5e-5,
+    "wasm32": 5e-5,
+}  # no model may need more; a larger derived value is cut to this
 
 _ERROR_FREE = frozenset({
     "Relu", "Clip", "MaxPool", "GlobalMaxPool", "Reshape", "Flatten", "Transpose", "Concat", "Split", "Slice",

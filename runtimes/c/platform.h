@@ -7,7 +7,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(__ANDROID__) && !__has_include(<pthread.h>)
+#if defined(__wasm__) /* no files and no threads: whoever loads the code brings the weights */
+#define SPARSEC_NO_FILES
+#include <stdlib.h>
+#include <string.h>
+#elif defined(__ANDROID__) && !__has_include(<pthread.h>)
 typedef long pthread_t;
 int pthread_create(pthread_t *thread, const void *attributes, void *(*start)(void *), void *argument);
 int pthread_join(pthread_t thread, void **result);

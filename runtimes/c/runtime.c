@@ -155,6 +155,19 @@ int sparsec_open(const void *weights, size_t bytes, const sparsec_options *optio
     return code;
 }
 
+#ifdef SPARSEC_NO_FILES
+int sparsec_open_file(const char *path, const sparsec_options *options, sparsec_model **model) {
+    (void)path;
+    (void)options;
+    if (!model) return SPARSEC_BAD_ARGUMENT;
+    *model = NULL;
+    return SPARSEC_IO;
+}
+
+static void unmap(sparsec_model *model) {
+    (void)model;
+}
+#else
 int sparsec_open_file(const char *path, const sparsec_options *options, sparsec_model **model) {
     if (!model) return SPARSEC_BAD_ARGUMENT;
     *model = NULL;
@@ -181,10 +194,15 @@ int sparsec_open_file(const char *path, const sparsec_options *options, sparsec_
     return code;
 }
 
+static void unmap(sparsec_model *model) {
+    if (model->mapping) munmap(model->mapping, model->mapping_bytes);
+}
+#endif
+
 void sparsec_close(sparsec_model *model) {
     if (!model) return;
     if (model->pool) sparsec_pool_stop(model->pool);
-    if (model->mapping) munmap(model->mapping, model->mapping_bytes);
+    unmap(model);
     free(model->copy);
     void *block;
     memcpy(&block, (unsigned char *)model - sizeof(void *), sizeof block);
