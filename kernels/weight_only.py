@@ -37,6 +37,8 @@ from sparsec.kernels.gemm import Tiling, blocks_of, choose_case
 from sparsec.kernels.parts import Part, span
 
 NIBBLES = 8  # in a word
+LINE = 64  # bytes of a cache line
+AHEAD = 8192  # bytes: weights from memory are asked for so far ahead; one core reads a third more of them a second
 
 TABLE: tuple[Format, ...] = tuple(
     Format(f"gemm_f32_w{bits}", "Gemm, MatMul", f"int{bits}", "float32", f"few rows times a weight kept in {bits} bits",
@@ -401,8 +403,15 @@ class _Layer:
                     slot = u % chains * rows + r
                     sums.set(slot, p, sums.get(slot, p) + factors[r](u, part.lanes) * vectors[p])
 
+        def fetch(at: Any, count: int, size: int) -> None:
+            """Ask for what lies AHEAD bytes behind `count` elements of `size` bytes."""
+            if self.stored.bytes > self.machine.l2_bytes:
+                for line in range(0, count, LINE // size):
+                    emit.prefetch(weights, at + line + AHEAD // size)
+
         def bytes_at(at: Any, count: int) -> None:
             factors = [emit.Scalars(x, base + at, count, self.machine.lane_fma) for base in bases]
+            fetch(first + at * width, count * width, 1)
             for u in range(count):
                 add(u, factors, [
                     T.bind(emit.load_float(weights, first + (at + u) * width + part.at, part.lanes)) for part in parts
@@ -411,6 +420,7 @@ class _Layer:
         def words_at(word: Any, count: int) -> None:
             factors = [emit.Scalars(x, base + word * NIBBLES, count, self.machine.lane_fma) for base in bases]
             words = [T.bind(emit.load(weights, first + word * width + part.at, part.lanes)) for part in parts]
+            fetch(first + word * width, width, 4)
             for u in range(count):
                 add(
                     u,
