@@ -1,8 +1,8 @@
-"""Which layers stay float: measured, on calibration data, by what each does to the model's outputs in int8.
+"""Which layers stay float: measured, on calibration data, by what each does to the model's outputs when quantized.
 
-    d_l = D(f, f_l)     f_l: the model with layer l alone in int8 (weights to nearest), D of `sparsec.passes.fidelity`
+    d_l = D(f, f_l)     f_l: the model with layer l alone quantized (weights to nearest), D of `sparsec.passes.fidelity`
 
-    auto       if the whole model in int8 damages more than `limit`, the layers of largest d_l go back to float, one
+    auto       if the whole model quantized damages more than `limit`, the layers of largest d_l go back to float, one
                more at a time (bisected), until it does not
     a share    at most that share of the multiply-adds (of the target's microseconds, where there is a target) is left
                float: the set of layers whose d_l add up to the most (`sparsec.passes.knapsack`)
@@ -34,13 +34,14 @@ from sparsec.passes_api import Samples
 LIMIT = 0.02  # nats of KL, or of relative square error
 
 Planner = Callable[[ir.Model, Sequence[str]], Plan]  # the plan of a model with these layers left float
+Apply = Callable[[ir.Model, Sequence[str]], bool]  # quantize a copy but for these layers; whether anything was
 Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Fallback:
     """`floats`: names of the layers that stay float, in graph order; `damages`: d_l of those measured; the whole model's
-    damage in int8 with every layer (`before`) and with these (`after`), weights rounded to nearest."""
+    damage with every layer quantized (`before`) and without these (`after`), weights rounded to nearest."""
 
     floats: tuple[str, ...]
     damages: Mapping[str, float] = field(repr=False)
@@ -48,30 +49,36 @@ class Fallback:
     after: float
 
 
-class Trial:
-    """The model with any set of its layers in int8, against itself as it is, on `samples`."""
+def in_int8(planner: Planner, ranges: Mapping[str, Range], scales: Scales = "mse") -> Apply:
+    """Weights and activations in int8. `ranges`: by the name of every value that any plan may quantize."""
 
-    def __init__(
-        self, model: ir.Model, planner: Planner, ranges: Mapping[str, Range], samples: Samples, scales: Scales = "mse"
-    ) -> None:
-        """`ranges`: by the name of every value that any plan may quantize."""
-        self._model, self._planner, self._ranges, self._samples = model, planner, ranges, samples
-        self._scales: Scales = scales
+    def apply(model: ir.Model, floats: Sequence[str]) -> bool:
+        plan = planner(model, floats)
+        every = {v: ranges[str(v.name)] for values in plan.classes for v in values}
+        for step in plan.layers:
+            assert step.layer is not None
+            rounded = nearest(step, every[step.inputs[0]], scales)
+            step.layer.write((rounded.q * rounded.scale[:, None, None, None]).astype(np.float32))
+        if plan.layers:
+            insert(model, plan, every)
+        return bool(plan.layers)
+
+    return apply
+
+
+class Trial:
+    """The model with any set of its layers quantized, against itself as it is, on `samples`."""
+
+    def __init__(self, model: ir.Model, apply: Apply, samples: Samples) -> None:
+        self._model, self._apply, self._samples = model, apply, samples
         self._names, outputs = reference_outputs(model, list(samples))
         self._fidelity = Fidelity(self._names, outputs)
 
     def damage(self, floats: Sequence[str]) -> float:
         """Mean damage with the layers `floats` left alone."""
         copy = ir.from_proto(ir.to_proto(self._model))
-        plan = self._planner(copy, floats)
-        if not plan.layers:
+        if not self._apply(copy, floats):
             return 0.0
-        every = {v: self._ranges[str(v.name)] for values in plan.classes for v in values}
-        for step in plan.layers:
-            assert step.layer is not None
-            rounded = nearest(step, every[step.inputs[0]], self._scales)
-            step.layer.write((rounded.q * rounded.scale[:, None, None, None]).astype(np.float32))
-        insert(copy, plan, every)
         segment = Segment(copy, None, self._names)
         parts = [segment.run(batch) for batch in batches(self._samples)]
         return float(self._fidelity.damages([np.concatenate([p[n] for p in parts]) for n in self._names]).mean())

@@ -82,6 +82,16 @@ def round_grouped(
         yield Grouped(layer, v[0], grid, error)
 
 
+def nearest_grouped(
+    layers: Sequence[WeightedLayer], bits: int, group: int, asymmetric: bool = False, scales: Scales = "mse"
+) -> None:
+    """Write each layer's weight as the nearest of its grid, as floats."""
+    for layer in layers:
+        weight = layer.read()
+        w = weight.reshape(1, weight.shape[0], -1).astype(np.float64)
+        layer.write(group_grid(w, None, group, bits, asymmetric, scales).round(w).reshape(weight.shape))
+
+
 def store_grouped(model: ir.Model, grouped: Grouped, bits: int, group: int, asymmetric: bool) -> None:
     """Replace the weight by its integers and a DequantizeLinear in blocks."""
     layer, grid = grouped.layer, grouped.grid

@@ -141,13 +141,15 @@ class Histogram:
         return float(lows[i]), float(highs[j])
 
     def _least_divergence(self, ends: tuple[float, float]) -> tuple[float, float]:
-        best, chosen = math.inf, ends
-        for factor in ENTROPY_SHRINK[::-1]:
-            low, high = factor * ends[0], factor * ends[1]
-            divergence = self._divergence(low, high)
-            if divergence < best:
-                best, chosen = divergence, (float(low), float(high))
-        return chosen
+        """One end after the other: an outlier above says nothing about what to clip below."""
+        low, high = ends
+        if high > 0:
+            tried = ENTROPY_SHRINK[::-1] * high
+            high = float(tried[np.argmin([self._divergence(low, end) for end in tried])])
+        if low < 0:
+            tried = ENTROPY_SHRINK[::-1] * low
+            low = float(tried[np.argmin([self._divergence(end, high) for end in tried])])
+        return low, high
 
     def _divergence(self, low: float, high: float) -> float:
         """KL of the observed distribution, its tails on the last bins, to the one of 256 levels spread over its bins."""

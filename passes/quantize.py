@@ -24,7 +24,7 @@ Integer arithmetic: Jacob et al. 2018, arXiv:1712.05877; the whole: Nagel et al.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -33,10 +33,10 @@ import onnx_ir as ir
 from sparsec.errors import RecipeError
 from sparsec.passes.fold_constants import remove_unused_initializers
 from sparsec.passes.layers import WEIGHTED, WeightedLayer, weighted_layers
-from sparsec.passes.quant_fallback import LIMIT, Fallback, Trial, costs_of, fall_back, fall_back_within
-from sparsec.passes.quant_graph import Plan, Range, float_weights, insert, plan, store_weight
+from sparsec.passes.quant_fallback import LIMIT, Apply, Fallback, Trial, costs_of, fall_back, fall_back_within, in_int8
+from sparsec.passes.quant_graph import Plan, float_weights, insert, plan, store_weight
 from sparsec.passes.quant_layers import How, add_biases, nearest, round_layers
-from sparsec.passes.quant_only import round_grouped, store_grouped
+from sparsec.passes.quant_only import nearest_grouped, round_grouped, store_grouped
 from sparsec.passes.quant_ranges import PERCENTILE, Observer, observe, ranges
 from sparsec.passes.quant_weights import Rounding, Scales
 from sparsec.passes.trial import pick_samples
@@ -115,7 +115,8 @@ class Quantize(Pass):
             chosen = self._plan(model)
         found = ranges(observe(model, chosen, samples), self.observer, self.activations, self.percentile)
         named = {str(v.name): found[values[0]] for values in chosen.classes for v in values}
-        back = self._fall_back(model, chosen, named, samples, context)
+        layers = [step.layer for step in chosen.layers if step.layer is not None]
+        back = self._fall_back(model, layers, in_int8(self._plan, named, self.scales), samples, context)
         if back is not None and back.floats:
             chosen = self._plan(model, back.floats)
         every = {v: named[str(v.name)] for values in chosen.classes for v in values}
@@ -130,22 +131,18 @@ class Quantize(Pass):
         remove_unused_initializers(model.graph)
         context.records += [_record(r.step.layer, "int8", r.error) for r in done if r.step.layer is not None]
         context.records += [{"layer": name, "type": "float", "reason": why} for name, why in chosen.refused]
-        if back is not None:
-            damage = {"damage_all_int8": _digits(back.before), "damage_nearest": _digits(back.after)}
-            context.records.append({"floats": list(back.floats), **damage})
+        _tell_fallback(back, context)
         return PassResult(model, True)
 
     def _plan(self, model: ir.Model, floats: Sequence[str] = ()) -> Plan:
         return plan(model, self.include, self.exclude, self.types, self.outputs == "int8", floats)
 
     def _fall_back(
-        self, model: ir.Model, chosen: Plan, named: Mapping[str, Range], samples: Sequence[Any], context: Context
+        self, model: ir.Model, layers: Sequence[WeightedLayer], apply: Apply, samples: Sequence[Any], context: Context
     ) -> Fallback | None:
         if self.fallback == "none" or self.fallback == 0:
             return None
-        picked = pick_samples(model, samples, FALLBACK_SAMPLES)
-        trial = Trial(model, self._plan, named, picked, self.scales)
-        layers = [step.layer for step in chosen.layers if step.layer is not None]
+        trial = Trial(model, apply, pick_samples(model, samples, FALLBACK_SAMPLES))
         if self.fallback == "auto":
             return fall_back(trial, [layer.name for layer in layers], self.damage, context.tell)
         return fall_back_within(trial, costs_of(model, layers, context.price), self.fallback, context.tell)
@@ -157,9 +154,19 @@ class Quantize(Pass):
         if not layers:
             _refuse(refused)
         bits = 8 if self.weights == "int8" else 4
-        samples = None
-        if context.calibration is not None and self.rounding != "nearest":
+        samples, back = None, None
+        if context.calibration is not None:
             samples = pick_samples(model, context.calibration, self.samples)
+
+            def apply(copy: ir.Model, floats: Sequence[str]) -> bool:
+                chosen = [layer for layer in self._matrices(copy)[0] if layer.name not in floats]
+                nearest_grouped(chosen, bits, self.group, self.asymmetric, self.scales)
+                return bool(chosen)
+
+            back = self._fall_back(model, layers, apply, samples, context)
+        if back is not None:
+            refused += [(layer.name, "stays float") for layer in layers if layer.name in back.floats]
+            layers = [layer for layer in layers if layer.name not in back.floats]
         for grouped in round_grouped(
             model, layers, samples, bits, self.group, self.asymmetric, self.rounding, self.scales, self.correct
         ):
@@ -167,6 +174,7 @@ class Quantize(Pass):
             context.records.append(_record(grouped.layer, self.weights, grouped.error))
         remove_unused_initializers(model.graph)
         context.records += [{"layer": name, "type": "float", "reason": why} for name, why in refused]
+        _tell_fallback(back, context)
         return PassResult(model, True)
 
     def _matrices(self, model: ir.Model) -> tuple[list[WeightedLayer], list[tuple[str, str]]]:
@@ -210,6 +218,12 @@ def _refuse(refused: Sequence[tuple[str, str]]) -> None:
 
 def _is_quantized(model: ir.Model) -> bool:
     return any(node.op_type == "DequantizeLinear" for node in model.graph)
+
+
+def _tell_fallback(back: Fallback | None, context: Context) -> None:
+    if back is not None:
+        damage = {"damage_all": _digits(back.before), "damage_nearest": _digits(back.after)}
+        context.records.append({"floats": list(back.floats), **damage})
 
 
 def _record(layer: WeightedLayer, kind: str, error: float | None) -> dict[str, Any]:
