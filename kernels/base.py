@@ -21,7 +21,7 @@ class Machine:
     `fma`, `loads`, `uops`: sustained per cycle, for full vectors. `lane_fma`: FMA takes one lane of a register as
     multiplier (Arm), so that weights are loaded as vectors instead of broadcast. `group_cycles`: start and end of a
     register tile. `row_cycles`: start of one row's copy into the panel. `dot`: the instruction of 8-bit sums
-    (`sparsec.kernels.quantized`), `dots` of them a cycle for full vectors. `byte_permute`: one instruction takes any bytes
+    (`sparsec.kernels.dots`), `dots` of them a cycle for full vectors. `byte_permute`: one instruction takes any bytes
     of a 64-byte vector, or of two (AVX512-VBMI).
     """
 

@@ -21,7 +21,7 @@ from sparsec.kernels.base import Machine
 from sparsec.kernels.emit import dtype_of, lanes_of
 
 _X86 = ("vnni", "pmaddwd")
-_ARM = ("sdot", "smull")
+_ARM = ("sdot", "usdot", "smull")
 
 
 def picks(machine: Machine) -> bool:

@@ -22,10 +22,9 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from sparsec.kernels import bytes as vectors
-from sparsec.kernels import depthwise, emit, planes, quantized, words
+from sparsec.kernels import depthwise, dots, emit, planes, quantized, words
 from sparsec.kernels.base import Format, KernelCall, Machine, unique
 from sparsec.kernels.bytes import as_type
-from sparsec.kernels.emit import lanes_of
 from sparsec.kernels.quantized import QuantType, Requantize
 from sparsec.kernels.words import Patterns, Pick, Reader, Row, Segment
 
@@ -108,7 +107,9 @@ def bind(
     multipliers = steps.multipliers(x, scale)
     packed = pack(machine, reader, w, bias, x, multipliers)
     patterns = Patterns()
-    kernel = _Kernel(machine, reader, x, steps, patterns, n, channels, w.shape[0], _largest(w, bias, multipliers))
+    kernel = _Kernel(
+        machine, reader, x, steps, patterns, n, channels, w.shape[0], quantized.largest(w, bias, multipliers)
+    )
     sizes = {"x": n * channels * height * width, "y": n * w.shape[0] * kernel.out_plane, "weights": packed.size}
     kinds = {"x": x.dtype, "y": steps.element, "residual": steps.other_element, "weights": "int32", "patterns": "uint8"}
     roles = (
@@ -124,12 +125,6 @@ def bind(
     constants = {"weights": packed, "patterns": patterns.array()}
     tiles = n * w.shape[0] * kernel.bands
     return KernelCall(unique(f"depthwise_int8_{shape}", *facts), func, roles, constants, tiles, 0, text)
-
-
-def _largest(w: np.ndarray, bias: np.ndarray | None, multipliers: np.ndarray) -> float:
-    """The largest magnitude of a sum times its multiplier."""
-    reach = 255.0 * np.abs(w.reshape(w.shape[0], -1).astype(np.float64)).sum(axis=1)
-    return float(np.max((reach + (0 if bias is None else np.abs(bias.astype(np.float64)))) * multipliers))
 
 
 class _Kernel:
@@ -232,7 +227,7 @@ class _Kernel:
                         continue
                     if self.zero:
                         edge = as_type(self._pattern(np.where(word, self.zero & 255, 0).reshape(-1)), "int32")
-                        begin = T.bind(quantized.dot(self.machine, begin, edge, plain[k]))
+                        begin = T.bind(dots.dot(self.machine, begin, edge, plain[k]))
                     keep = as_type(self._pattern(np.where(word, 0, 255).reshape(-1)), "int32")
                     plain[k] = T.bind(plain[k] & keep)
             weights.append(plain)
@@ -283,7 +278,7 @@ class _Kernel:
                     word = zero if missing else source.words(how[v][u])
                     for i, kh in users:
                         weight = weights[v][kh * reader.words + u]
-                        acc[i][v] = T.bind(quantized.dot(self.machine, acc[i][v], word, weight))
+                        acc[i][v] = T.bind(dots.dot(self.machine, acc[i][v], word, weight))
         at = T.bind(self.y_base + row * out_w + start)
         if final is None:
             final = row
@@ -299,33 +294,26 @@ class _Kernel:
         out_w, lanes = self.window.shape[1], segment.lanes
         width = segment.vectors * lanes
         factor = emit.splat(self.factor, lanes)
-        if self.steps.residual != "none" or self.steps.y is None:
+        if self.steps.y is None:
             for i, row in enumerate(acc):
                 for v, value in enumerate(row):
                     where, valid = at + i * out_w + v * lanes, min(lanes, max(segment.valid - v * lanes, 0))
-                    other = emit.load(self.residual, where, lanes) if self.residual is not None else None
-                    done = self.steps.finish(self.machine, value, factor, other)
+                    done = self.steps.finish(self.machine, value, factor, self._other(where))
                     emit.store(self.y, where, done, lanes, valid if exact[i] else lanes)
             return
         together = 4 // segment.vectors  # rows that make a vector of bytes
         for first in range(0, len(acc), together):
-            group = [value for row in acc[first : first + together] for value in row]
-            value = self._narrow(group, factor)
+            group = [(at + i * out_w + v * lanes, value) for i, row in enumerate(acc) for v, value in enumerate(row)]
+            group = group[first * segment.vectors : (first + together) * segment.vectors]
+            sums, others = [value for _, value in group], [self._other(where) for where, _ in group]
+            value = self.steps.finish_bytes(self.machine, sums, [factor] * len(sums), others, self.bounded)
             for i in range(min(together, len(acc) - first)):
-                part = value
-                if together > 1:
-                    part = T.Shuffle([value], list(range(i * width, (i + 1) * width)))
                 valid = segment.valid if exact[first + i] else width
-                emit.store(self.y, at + (first + i) * out_w, part, lanes_of(part), valid)
+                emit.store(self.y, at + (first + i) * out_w, value, width, valid, i * width)
 
-    def _narrow(self, sums: list[Any], factor: Any) -> Any:
-        """Up to four vectors of sums as one of bytes."""
-        whole = [self.steps.whole(self.machine, value, factor, self.bounded) for value in sums]
-        y = self.steps.y
-        assert y is not None
-        least, largest = quantized.bounds(self.steps.activation, y)
-        whole += [whole[-1]] * (4 - len(whole))
-        return T.bind(vectors.narrow(self.machine, whole, y.zero_point, y.dtype, least, largest))
+    def _other(self, where: Any) -> Any:
+        """The residual of a vector, if there is one."""
+        return None if self.residual is None else emit.load(self.residual, where, self.reader.lanes)
 
 
 def _repeated(byte: int) -> int:

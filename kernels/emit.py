@@ -73,16 +73,20 @@ def load_float(buffer: Any, start: Any, lanes: int) -> Any:
     return convert(load(buffer, start, lanes), "float32")
 
 
-def store(buffer: Any, start: Any, value: Any, lanes: int, valid: int | None = None) -> None:
-    """Write the first `valid` (default all) of `lanes` lanes of `value` from `start` on, and nothing beyond."""
+def store(buffer: Any, start: Any, value: Any, lanes: int, valid: int | None = None, first: int = 0) -> None:
+    """Write the first `valid` (default all) of `lanes` lanes of `value` from `start` on, and nothing beyond.
+
+    The lanes are those of `value` from `first` on.
+    """
     valid = lanes if valid is None else valid
-    if valid == lanes:
+    if valid == lanes == lanes_of(value):
         T.buffer_store(buffer, value, [at(start, lanes)])
         return
     done = 0
     while done < valid:
         part = 1 << ((valid - done).bit_length() - 1)
-        T.buffer_store(buffer, T.Shuffle([value], list(range(done, done + part))), [at(start + done, part)])
+        lane = first + done
+        T.buffer_store(buffer, T.Shuffle([value], list(range(lane, lane + part))), [at(start + done, part)])
         done += part
 
 

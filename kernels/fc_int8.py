@@ -23,13 +23,14 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from sparsec.kernels import blocks, emit, fc, quantized
+from sparsec.kernels import blocks, dots, emit, fc, quantized
 from sparsec.kernels.base import Format, KernelCall, Machine, unique
 from sparsec.kernels.blocks import Blocks
+from sparsec.kernels.dots import WORD
 from sparsec.kernels.gemm import transpose_panel
 from sparsec.kernels.gemm_int8 import balanced, column_constants, load_words, words_of
 from sparsec.kernels.parts import Part, parts_of
-from sparsec.kernels.quantized import WORD, QuantType, Requantize
+from sparsec.kernels.quantized import QuantType, Requantize
 
 _CHAINS = 8  # sums in flight that cover the latency of `dot`
 
@@ -207,7 +208,7 @@ class _Layer:
                     factor = T.bind(self._words(i * self.inputs + word, 1))
                     for p, part in enumerate(parts):
                         total = acc.get(chain * m + i, p)
-                        total = quantized.dot(self.machine, total, emit.splat(factor, part.lanes), loaded[p])
+                        total = dots.dot(self.machine, total, emit.splat(factor, part.lanes), loaded[p])
                         acc.set(chain * m + i, p, total)
 
         emit.in_rounds(count, chains, some)
@@ -255,7 +256,7 @@ class _Layer:
                 for r in range(rows):
                     for p, part in enumerate(parts):
                         total = acc.get(chain * rows + r, p)
-                        total = quantized.dot(self.machine, total, loaded[p], weight(r, part.lanes))
+                        total = dots.dot(self.machine, total, loaded[p], weight(r, part.lanes))
                         acc.set(chain * rows + r, p, total)
 
         emit.in_rounds(count, chains, some)

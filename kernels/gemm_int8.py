@@ -24,11 +24,12 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from sparsec.kernels import emit, gemm, quantized
+from sparsec.kernels import dots, emit, gemm, quantized
 from sparsec.kernels.base import Format, KernelCall, Machine, unique
+from sparsec.kernels.dots import WORD
 from sparsec.kernels.gemm import Tiling, blocks_of, choose_case
 from sparsec.kernels.parts import Part, span
-from sparsec.kernels.quantized import WORD, QuantType, Requantize
+from sparsec.kernels.quantized import QuantType, Requantize
 
 DENSE = Format(
     "gemm_i8_dense", "Gemm, MatMul", "dense", "int8", "rows times a constant weight in 8 bits",
@@ -54,7 +55,7 @@ def ranked_tilings(machine: Machine, m: int, k: int, n: int) -> list[tuple[float
     """Predicted microseconds of each register tile on one thread, cheapest first."""
     words = machine.words()
     found = gemm.ranked_tilings(words, m, -(-k // WORD), n)
-    if machine.dot in ("vnni", "sdot"):
+    if machine.dot in dots.WHOLE:
         return found
     # A word is taken apart before it is multiplied: two registers for each vector of weights, and some for parts.
     fits = [(us, t) for us, t in found if t.rows * t.vectors + 2 * t.vectors + 5 <= machine.registers]
@@ -154,7 +155,7 @@ def register_tile(
             first = u % chains * rows
             for r in range(rows):
                 for p, part in enumerate(parts):
-                    total = quantized.dot(machine, acc.get(first + r, p), factors[r](u, part.lanes), loaded[p])
+                    total = dots.dot(machine, acc.get(first + r, p), factors[r](u, part.lanes), loaded[p])
                     acc.set(first + r, p, total)
 
     if depth:

@@ -4,14 +4,8 @@
     acc[oc] = bias[oc] + sum over k of w[oc, k] * (x[k] - zero_point of x)           int32, exact
     y = saturate(round_half_even(acc * (x.scale * w.scale[oc] / y.scale)) + y.zero_point)
 
-A *word* is 32 bits that hold four neighbours along the sum: four input channels, or four taps of a row. `dot` adds the
-four products of a word of activations and a word of weights to an int32, on every lane:
-
-    vnni      vpdpbusd (AVX512-VNNI, AVX-VNNI)            unsigned activations
-    sdot      sdot (FEAT_DotProd)                          signed
-    pmaddwd   bytes widened to pairs of 16 bits, pmaddwd   unsigned; pmaddubsw would saturate
-    smull     smull, saddlp, addp (Armv8.0)                signed
-    portable  shifts and multiplications of int32          unsigned
+A *word* is 32 bits that hold four neighbours along the sum: four input channels, or four taps of a row.
+`sparsec.kernels.dots` multiplies them.
 
 Weights are signed 8 bits. Where the instruction wants activations of the other sign, their top bit is flipped as they
 are packed, which moves values and zero point by 128. The zero point is multiplied out once: `correction`.
@@ -20,6 +14,7 @@ are packed, which moves values and zero point by 128. The zero point is multipli
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +22,13 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from sparsec.kernels import bytes as vectors
 from sparsec.kernels import emit
 from sparsec.kernels.base import Machine
+from sparsec.kernels.dots import WORD
 from sparsec.kernels.emit import lanes_of
 from sparsec.kernels.epilogue import NONE, Activation, Residual, activate, keep, reference
 
-WORD = 4  # products of a word
 _PLAIN = ("none", "relu", "clip")  # activations that are bounds of the 8-bit result
 
 
@@ -90,6 +86,12 @@ def correction(machine: Machine, w: np.ndarray, bias: np.ndarray | None, x: Quan
     return start.astype(np.int32)
 
 
+def largest(w: np.ndarray, bias: np.ndarray | None, multipliers: np.ndarray) -> float:
+    """The largest magnitude of a sum times its multiplier. w [OC, ...] int8, bias and multipliers [OC]."""
+    reach = 255.0 * np.abs(w.reshape(w.shape[0], -1).astype(np.float64)).sum(axis=1)
+    return float(np.max((reach + (0 if bias is None else np.abs(np.asarray(bias, np.float64)))) * multipliers))
+
+
 def flip(value: Any) -> Any:
     """Bytes of any type, or words of four, with the top bit of each byte flipped."""
     lanes = lanes_of(value)
@@ -104,89 +106,11 @@ def _as_bytes(value: Any) -> Any:
     return tirx.reinterpret(emit.vector_type(lanes_of(value), "uint8"), value)
 
 
-# --- sums of products ------------------------------------------------------------------------------------------------
-
-
-def dot(machine: Machine, acc: Any, activations: Any, weights: Any) -> Any:
-    """acc + the four products of each lane. All int32 of equal lanes; activations packed as the machine wants them."""
-    lanes = lanes_of(acc)
-    if machine.dot in ("vnni", "sdot") and lanes < 4:
-        wide = [_repeat(v, 4 // lanes) for v in (acc, activations, weights)]
-        return T.Shuffle([dot(machine, *wide)], list(range(lanes)))
-    most = machine.vector_bytes // 4
-    if machine.dot not in ("portable",) and lanes > most:
-        raise ValueError(f"{lanes} lanes: the machine's vectors have {most}")
-    match machine.dot:
-        case "vnni":
-            name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
-            return T.call_llvm_pure_intrin(f"int32x{lanes}", name, acc, _quads(activations), _quads(weights))
-        case "sdot":
-            name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
-            return T.call_llvm_pure_intrin("int32x4", name, acc, _quads(activations), _quads(weights))
-        case "pmaddwd" if lanes >= 4:
-            return acc + _pmaddwd(activations, weights)
-        case "smull" if lanes == 4:
-            return acc + _smull(activations, weights)
-    return acc + _portable(machine, activations, weights)
-
-
-def _repeat(value: Any, times: int) -> Any:
-    """The lanes of a value, `times` times one behind the other."""
-    lanes = lanes_of(value)
-    return emit.splat(value, times) if lanes == 1 else T.Shuffle([value] * times, list(range(lanes)) * times)
-
-
-def _quads(words: Any) -> Any:
-    return tirx.reinterpret(f"int8x{4 * lanes_of(words)}", words)
+# --- words ----------------------------------------------------------------------------------------------------------
 
 
 def _int(value: int, lanes: int) -> Any:
-    return emit.splat(tirx.const(value, "int32"), lanes)
-
-
-def _pmaddwd(activations: Any, weights: Any) -> Any:
-    """Even and odd bytes as 16 bits: of activations without, of weights with their sign."""
-    lanes = lanes_of(activations)
-    name = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}[lanes]
-    halves = f"int16x{2 * lanes}"
-
-    def half(words: Any) -> Any:
-        return tirx.reinterpret(halves, words)
-
-    def shift(value: Any, left: bool) -> Any:
-        eight = emit.splat(tirx.const(8, "int16"), 2 * lanes)
-        return value << eight if left else value >> eight
-
-    low = _int(0x00FF00FF, lanes)
-    even_x, odd_x = half(activations & low), half((activations >> _int(8, lanes)) & low)
-    both = half(weights)
-    even_w, odd_w = shift(shift(both, True), False), shift(both, False)
-    dtype = f"int32x{lanes}"
-    return T.call_llvm_pure_intrin(dtype, name, even_x, even_w) + T.call_llvm_pure_intrin(dtype, name, odd_x, odd_w)
-
-
-def _smull(activations: Any, weights: Any) -> Any:
-    """Products of 8 bits as 16, added in pairs as 32: nothing can overflow."""
-    x, w = _quads(activations), _quads(weights)
-
-    def pairs(first: int) -> Any:
-        part = [T.Shuffle([v], list(range(first, first + 8))) for v in (x, w)]
-        products = T.call_llvm_pure_intrin("int16x8", "llvm.aarch64.neon.smull.v8i16", *part)
-        return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.saddlp.v4i32.v8i16", products)
-
-    return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.addp.v4i32", pairs(0), pairs(8))
-
-
-def _portable(machine: Machine, activations: Any, weights: Any) -> Any:
-    lanes = lanes_of(activations)
-
-    def byte(words: Any, number: int, signed: bool) -> Any:
-        if signed:
-            return (words << _int(24 - 8 * number, lanes)) >> _int(24, lanes)
-        return (words >> _int(8 * number, lanes)) & _int(255, lanes)
-
-    products = [byte(activations, i, machine.signed_dot) * byte(weights, i, True) for i in range(WORD)]
-    return (products[0] + products[1]) + (products[2] + products[3])
+    return emit.constant(value, lanes, "int32")
 
 
 def interleave(rows: list[Any]) -> Any:
@@ -251,21 +175,41 @@ class Requantize:
         """The value to be stored, of type `element`, of an int32 sum; `other`: the residual as it lies in memory."""
         lanes = lanes_of(acc)
         value = T.Cast(emit.vector_type(lanes), acc) * multiplier
-        first = self.activation if self.residual != "before" else NONE
         if self.residual == "none":
-            return self._stored(machine, value, first, self.unit)
-        value = self._inner(machine, value, first)
-        value = value + self._residual(other)
-        return self._stored(machine, value, self.activation if self.residual == "before" else NONE, 1.0)
+            return self._stored(machine, value, self.activation, self.unit)
+        first = self.activation if self.residual == "after" else NONE
+        value = self._inner(machine, value, first) + self._residual(other)
+        return self._stored(machine, value, self._last, 1.0)
 
-    def whole(self, machine: Machine, acc: Any, multiplier: Any, bounded: bool = True) -> Any:
-        """A sum in units of `y`, rounded, without its zero point and bounds, as int32; for steps without a residual.
+    def finish_bytes(
+        self, machine: Machine, sums: Sequence[Any], multipliers: Sequence[Any], others: Sequence[Any] = (),
+        bounded: bool = True,
+    ) -> Any:  # fmt: skip
+        """`finish` of up to four vectors of sums, as one vector of bytes four times as long; for results of 8 bits.
 
-        What narrows it must saturate, and keep `bounds`. Not `bounded`: sums times multipliers stay below 2^30.
+        Lanes behind the last sum are anything. Not `bounded`: sums times multipliers stay below 2^30 (`largest`).
         """
+        assert self.y is not None
+        others = others or [None] * len(sums)
+        whole = [self._whole(machine, *terms, bounded) for terms in zip(sums, multipliers, others, strict=True)]
+        whole = [whole[i % len(whole)] for i in range(WORD)]
+        least, largest = bounds(self._last, self.y)
+        return T.bind(vectors.narrow(machine, whole, self.y.zero_point, self.y.dtype, least, largest))
+
+    @property
+    def _last(self) -> Activation:
+        """The activation that bounds the result."""
+        return NONE if self.residual == "after" else self.activation
+
+    def _whole(self, machine: Machine, acc: Any, multiplier: Any, other: Any, bounded: bool) -> Any:
+        """A result rounded, without its zero point and, but for a residual, its bounds, as int32."""
         assert self.y is not None
         lanes = lanes_of(acc)
         value = T.Cast(emit.vector_type(lanes), acc) * multiplier
+        if self.residual != "none":
+            first = self.activation if self.residual == "after" else NONE
+            value = self._inner(machine, value, first) + self._residual(other)
+            return rounded(machine, _bounded(value, self._last, self.y, 1.0))
         if self.activation.kind not in _PLAIN:
             value = activate(self.activation, value) * emit.constant(1.0 / self.y.scale, lanes)
             bounded = True

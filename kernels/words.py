@@ -19,8 +19,8 @@ from tvm.tirx.script.builder import ir as T
 from sparsec.kernels import emit
 from sparsec.kernels.base import Machine
 from sparsec.kernels.bytes import as_type, joined, pick, pick_words
+from sparsec.kernels.dots import WORD
 from sparsec.kernels.planes import Window
-from sparsec.kernels.quantized import WORD
 
 ANY = -1  # a byte that is multiplied by zero
 

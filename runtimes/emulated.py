@@ -13,7 +13,7 @@ from sparsec.runtimes.batch import BenchSession, Done, call
 
 EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
 # The emulated CPU has no more features than the target promises, so that a wrong instruction is found here.
-_QEMU_CPU = {"generic": "cortex-a53", "cortex-a53": "cortex-a53"}
+_QEMU_CPU = {"generic": "cortex-a53", "cortex-a53": "cortex-a53", "armv8.6-a": "max"}
 _DEFAULT_CPU = "cortex-a76"
 
 

@@ -16,7 +16,7 @@ from sparsec.runtimes.emulated import find_emulator
 Place = tuple[np.ndarray, int]  # bytes, and where in them a pointer points
 _DRIVER = Path(__file__).with_name("emulation.c")
 # As in `sparsec.runtimes.emulated`: no more features than the target promises.
-_CPUS = {"generic": "cortex-a53", "cortex-a53": "cortex-a53"}
+_CPUS = {"generic": "cortex-a53", "cortex-a53": "cortex-a53", "armv8.6-a": "max"}
 
 
 class Emulation:

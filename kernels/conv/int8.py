@@ -18,14 +18,16 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from sparsec.kernels import emit, quantized
+from sparsec.kernels import bytes as vectors
+from sparsec.kernels import dots, emit, quantized
 from sparsec.kernels.base import Format, KernelCall, Machine
 from sparsec.kernels.conv.cost import best_tiling, ranked_tilings, stored_columns
 from sparsec.kernels.conv.geometry import Geometry, Tiling
 from sparsec.kernels.conv.kernel import Convolution
 from sparsec.kernels.conv.prepare import prepare
 from sparsec.kernels.conv.stored import Packed, pack, unpack
-from sparsec.kernels.quantized import WORD, QuantType, Requantize
+from sparsec.kernels.dots import WORD
+from sparsec.kernels.quantized import QuantType, Requantize
 
 
 def _format(rows: int) -> Format:
@@ -129,7 +131,9 @@ def bind(
         tiling, _ = best_tiling(words, in_words(geometry), _word_form(form), columns)
     packed = pack_words(w, form, tiling.rows, tiling.depth)
     start = quantized.correction(machine, w, bias, x)
-    main = _Quantized(words, padded(geometry), packed, start, steps.multipliers(x, w_scale), x, steps, tiling).call()
+    multipliers = steps.multipliers(x, w_scale)
+    bounded = quantized.largest(w, bias, multipliers) >= 2.0**30
+    main = _Quantized(words, padded(geometry), packed, start, multipliers, x, steps, tiling, bounded).call()
     first = None
     if geometry.needs_prepare or geometry.x_shape[1] % WORD:
         channels = padded(geometry).x_shape[1]
@@ -142,9 +146,9 @@ class _Quantized(Convolution):
 
     def __init__(
         self, machine: Machine, geometry: Geometry, packed: Packed, start: np.ndarray, multipliers: np.ndarray,
-        x: QuantType, steps: Requantize, tiling: Tiling,
+        x: QuantType, steps: Requantize, tiling: Tiling, bounded: bool,
     ) -> None:  # fmt: skip
-        self.x, self.steps, self.multipliers = x, steps, multipliers
+        self.x, self.steps, self.multipliers, self.bounded = x, steps, multipliers, bounded
         super().__init__(machine, geometry, packed, start, steps.activation, steps.residual, tiling)
 
     @property
@@ -180,11 +184,18 @@ class _Quantized(Convolution):
 
     def multiply_add(self, total: Any, weights: Any, activations: Any) -> Any:
         """A sum and the products of one word."""
-        return quantized.dot(self.machine, total, activations, weights)
+        return dots.dot(self.machine, total, activations, weights)
 
-    def finished(self, total: Any, other: Any, row: Any, lanes: int) -> Any:
-        """What is stored of sums of one row; `other`: the residual."""
-        return self.steps.finish(self.machine, total, emit.splat(self._multipliers(row, 1), lanes), other)
+    def together(self, lanes: int) -> int:
+        """Four vectors of sums become one of bytes."""
+        return WORD if self.steps.y is not None and lanes >= WORD and vectors.picks(self.machine) else 1
+
+    def finished(self, totals: list[Any], others: list[Any], rows: list[Any], lanes: int) -> Any:
+        """What is stored of some vectors of sums, one behind the other. `others`: residuals; `rows`: output channels."""
+        multipliers = [emit.splat(self._multipliers(row, 1), lanes) for row in rows]
+        if len(totals) == 1:
+            return self.steps.finish(self.machine, totals[0], multipliers[0], others[0])
+        return self.steps.finish_bytes(self.machine, totals, multipliers, others, self.bounded)
 
     def _multipliers(self, row: Any, lanes: int) -> Any:
         bits = emit.load(self.buffers["bias"], self.oc + row, lanes)
@@ -202,7 +213,7 @@ class _Quantized(Convolution):
         """How the kernel's name begins, and what its code depends on."""
         what = "x".join(map(str, self.geometry.w_shape[2:]))
         form = form if form == "dense" else f"{self.packed.rows}x{self.packed.columns * WORD}"
-        return f"conv{what}_i8_{form}", (self.steps, quantized.flipped(self.machine, self.x))
+        return f"conv{what}_i8_{form}", (self.steps, quantized.flipped(self.machine, self.x), self.bounded)
 
     def start(self, bias: np.ndarray | None) -> dict[str, np.ndarray]:
         """Beginnings of the sums, then the multipliers' bits: a kernel has eight pointers."""

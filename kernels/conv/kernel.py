@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,8 @@ from sparsec.kernels.conv.cost import best_tiling, chains, stored_columns
 from sparsec.kernels.conv.geometry import Geometry, Tiling
 from sparsec.kernels.conv.prepare import prepare
 from sparsec.kernels.conv.stored import DENSE, Packed, pack
-from sparsec.kernels.epilogue import NONE, Activation, Residual, finish
+from sparsec.kernels.epilogue import NONE, Activation, Residual
+from sparsec.kernels.epilogue import finish as finish_sum
 from sparsec.kernels.parts import Part
 
 AHEAD = 512  # elements: weights are asked for this early; one at a time they go by too slowly for hardware to notice
@@ -123,9 +125,13 @@ class Convolution:
         """A sum and one more term."""
         return total + weights * activations
 
-    def finished(self, total: Any, other: Any, row: Any, lanes: int) -> Any:
-        """What is stored of sums of one row; `other`: the residual."""
-        return finish(total, self.activation, self.residual, other)
+    def together(self, lanes: int) -> int:
+        """How many vectors of sums `finished` takes at a time."""
+        return 1
+
+    def finished(self, totals: list[Any], others: list[Any], rows: list[Any], lanes: int) -> Any:
+        """What is stored of some vectors of sums, one behind the other. `others`: residuals; `rows`: output channels."""
+        return finish_sum(totals[0], self.activation, self.residual, others[0])
 
     def finished_rows(self, total: Any, row: Any, rows: int) -> list[Any] | None:
         """What is stored of one pixel's sums of `rows` rows from `row` on, or None: each goes through `finished`."""
@@ -313,23 +319,38 @@ class Convolution:
             return self.panel + first_row * self.tiling.width + (before + i) * self.tiling.lanes
 
         def finished() -> None:
+            straight = [(r, p) for r in range(rows) for p, part in enumerate(parts) if not part.turned]
+            for lanes in sorted({parts[p].lanes for _, p in straight}, reverse=True):
+                same = [(r, p) for r, p in straight if parts[p].lanes == lanes]
+                step = self.together(lanes)
+                for i in range(0, len(same), step):
+                    several(same[i : i + step], lanes)
             for p, part in enumerate(parts):
-                for i in range(part.vectors(rows)):
+                for i in range(part.valid if part.turned else 0):
                     total = sets[0].get(i, p)
-                    if not part.turned:
-                        one(total, i, part.at, part.lanes, part.valid)
-                        continue
                     together = self.finished_rows(total, first_row, rows)
                     for r in range(rows):
                         if together is None:
-                            one(T.Shuffle([total], [r]), r, part.at + i, 1, 1)
+                            value = finish([T.Shuffle([total], [r])], [where(r, part.at + i)], [r], 1)
                         else:
-                            emit.store(y, where(r, part.at + i), together[r], 1)
+                            value = together[r]
+                        emit.store(y, where(r, part.at + i), value, 1)
 
-        def one(total: Any, row: int, pixel: int, lanes: int, valid: int) -> None:
-            at = where(row, pixel)
-            res = emit.load(other, at, lanes) if other is not None else None
-            emit.store(y, at, self.finished(total, res, first_row + row, lanes), lanes, valid)
+        def several(some: list[tuple[int, int]], lanes: int) -> None:
+            """Rows and parts of some vectors: those of one row lie one behind the other."""
+            places = [where(r, parts[p].at) for r, p in some]
+            value = finish([sets[0].get(r, p) for r, p in some], places, [r for r, _ in some], lanes)
+            done = 0
+            for row, run in itertools.groupby(some, lambda pair: pair[0]):
+                run_parts = [parts[p] for _, p in run]
+                valid = sum(part.valid for part in run_parts)
+                width = lanes * len(run_parts)
+                emit.store(y, where(row, run_parts[0].at), value, width, valid, done)
+                done += width
+
+        def finish(totals: list[Any], places: list[Any], of_rows: list[int], lanes: int) -> Any:
+            others = [None if other is None else emit.load(other, at, lanes) for at in places]
+            return self.finished(totals, others, [first_row + r for r in of_rows], lanes)
 
         def unfinished() -> None:
             for p, part in enumerate(parts):

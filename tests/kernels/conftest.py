@@ -24,7 +24,7 @@ _RUNNABLE_DOTS = (
     if machine_arch() == "x86_64"
     else [host_cpu()]
 )
-_EMULATED_DOTS = ("armv8.2-a", "cortex-a53") if _EMULATED else ()
+_EMULATED_DOTS = ("armv8.2-a", "armv8.6-a", "cortex-a53") if _EMULATED else ()
 
 
 @pytest.fixture(params=[*_RUNNABLE_DOTS, *_EMULATED_DOTS])

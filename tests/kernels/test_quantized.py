@@ -9,7 +9,7 @@ import pytest
 from harness import run_kernel
 from tvm.tirx.script.builder import ir as T
 
-from sparsec.kernels import emit, quantized
+from sparsec.kernels import dots, emit, quantized
 from sparsec.kernels.epilogue import NONE, RELU, RELU6, Activation
 from sparsec.kernels.quantized import QuantType, Requantize
 
@@ -29,7 +29,7 @@ def test_dot(dot_target):
         def body(x, w, y, begin, end, lanes=lanes):
             with T.serial(begin, end) as t:
                 acc = emit.load(y, t * lanes, lanes)
-                value = quantized.dot(machine, acc, emit.load(x, t * lanes, lanes), emit.load(w, t * lanes, lanes))
+                value = dots.dot(machine, acc, emit.load(x, t * lanes, lanes), emit.load(w, t * lanes, lanes))
                 emit.store(y, t * lanes, value, lanes)
 
         size = lanes * tiles
