@@ -8,6 +8,7 @@
 What decides the accuracy, each in a file of its own, with calibration data (activations only, no labels):
 
     where Q and DQ stand            `sparsec.passes.quant_graph`
+    units of channels               `sparsec.passes.quant_equalize`
     ranges of activations           `sparsec.passes.quant_ranges`
     layers that stay float          `sparsec.passes.quant_fallback`
     scales and rounding of weights  `sparsec.passes.quant_weights`
@@ -33,6 +34,7 @@ import onnx_ir as ir
 from sparsec.errors import RecipeError
 from sparsec.passes.fold_constants import remove_unused_initializers
 from sparsec.passes.layers import WEIGHTED, WeightedLayer, weighted_layers
+from sparsec.passes.quant_equalize import Equalize, equalize, scaled
 from sparsec.passes.quant_fallback import LIMIT, Apply, Fallback, Trial, costs_of, fall_back, fall_back_within, in_int8
 from sparsec.passes.quant_graph import Plan, float_weights, insert, plan, store_weight
 from sparsec.passes.quant_layers import How, add_biases, nearest, round_layers
@@ -52,7 +54,8 @@ class Quantize(Pass):
 
     `weights`: auto is int8 with int8 activations; int8 or int4 keeps activations float and takes Gemm and MatMul only,
     one scale for `group` inputs, `asymmetric` with a zero point. `activations`: type of the quantized ones. `outputs`:
-    whether the model's outputs are rounded to 8 bits too. `observer`: which range of an activation is covered
+    whether the model's outputs are rounded to 8 bits too. `equalize`: channels across layers, by their largest weights or
+    activations. `observer`: which range of an activation is covered
     (`percentile`: for that observer). `rounding`, `scales`: of weights. `correct`: biases take the shift of the mean.
     `trust`: how far layers make up for errors in front of them, 0 to 1 (auto: chosen on held-out samples). `fallback`:
     auto leaves layers float until the damage (KL of the outputs for classifiers) is at most `damage`; a share: so much of
@@ -67,6 +70,7 @@ class Quantize(Pass):
     asymmetric: bool = False
     activations: Literal["uint8", "int8"] = "uint8"
     outputs: Literal["float", "int8"] = "float"
+    equalize: Equalize = "none"
     observer: Observer = "mse"
     percentile: float = PERCENTILE
     rounding: Rounding = "descent"
@@ -111,6 +115,8 @@ class Quantize(Pass):
         if not chosen.layers:
             _refuse(chosen.refused)
         samples = pick_samples(model, context.calibration, self.samples)
+        factors = equalize(model, self.equalize, samples)
+        original = scaled(context.original, factors) if factors and context.original is not None else context.original
         if self.correct and add_biases(model, chosen):
             chosen = self._plan(model)
         found = ranges(observe(model, chosen, samples), self.observer, self.activations, self.percentile)
@@ -125,7 +131,7 @@ class Quantize(Pass):
             done = [nearest(step, every[step.inputs[0]], self.scales) for step in chosen.layers]
         else:
             how = How(self.rounding, self.scales, self.correct, self.trust)
-            done = list(round_layers(model, chosen, every, context.original, samples, how))
+            done = list(round_layers(model, chosen, every, original, samples, how))
         for rounded in done:
             store_weight(model, rounded.step, rounded.q, rounded.scale, every[rounded.step.inputs[0]].scale)
         remove_unused_initializers(model.graph)
