@@ -15,6 +15,7 @@ FAMILIES = (
     "gemm_int8",
     "fc",
     "fc_int8",
+    "weight_only",
     "pool",
     "elementwise",
     "normalize",

@@ -12,8 +12,8 @@ so that shape arithmetic of any depth folds in one walk once the input shapes ar
 initializers; nodes and initializers that nothing reads disappear.
 
 Never folded: random operators; results much larger than what they are made from (`GROWTH_BYTES`); a DequantizeLinear
-of whole numbers in a model that also quantizes activations, or by blocks: there the stored form is what is computed with.
-Where only weights are stored as integers, layers compute in float, and so the weights become floats.
+of whole numbers in a model that also quantizes activations, by blocks, or for products alone: there the stored form is
+what is computed with. Where only weights of other layers are stored as integers, these become floats.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class _Walk:
             return empty
         if any(constant(x) is None for x in inputs) or node.op_type in RANDOM:
             return None
-        if node.op_type == "DequantizeLinear" and (self.keeps_integers or node.attributes.get_int("block_size", 0)):
+        if node.op_type == "DequantizeLinear" and (self.keeps_integers or _for_products(node)):
             return None
         return self._compute(node, inputs)
 
@@ -318,6 +318,15 @@ def _shape_of(node: ir.Node, shape: tuple[int, ...]) -> np.ndarray:
     end = node.attributes.get_int("end", rank)
     start, end = (max(0, min(rank, d + rank if d < 0 else d)) for d in (start, end))
     return np.array(shape[start:end], dtype=np.int64)
+
+
+def _for_products(node: ir.Node) -> bool:
+    """Whether a DequantizeLinear has blocks, or gives a matrix that only Gemm and MatMul read, on their right."""
+    if node.attributes.get_int("block_size", 0):
+        return True
+    uses = tuple(node.outputs[0].uses())
+    right = all(use.node.op_type in ("Gemm", "MatMul") and use.idx == 1 for use in uses)
+    return bool(uses) and right and len(static_shape(node.inputs[0]) or ()) == 2
 
 
 def _quantizes_activations(graph: ir.Graph) -> bool:

@@ -23,7 +23,8 @@ class Way:
     """One way to run a layer and its price on one thread: a stored form, in tiles of `rows` x `vectors` vectors of `lanes`,
     `depth` terms a pass.
 
-    Sizes are 0 where the kernel chooses its own. `form`, `tiling`: what the kernel family takes.
+    Sizes are 0 where the kernel chooses its own. `form`, `tiling`: what the kernel family takes. `kept`: weights stay the
+    integers that they are in the model.
     """
 
     kernel: str
@@ -31,6 +32,7 @@ class Way:
     predicted_us: float
     form: Any = field(repr=False)
     tiling: Any = field(default=None, repr=False)
+    kept: bool = False
 
     @property
     def tile(self) -> tuple[int, int, int, int]:
@@ -82,6 +84,11 @@ def choose(prices: Prices, measured: Entry | None = None) -> tuple[Way, tuple[Ca
 
 
 def _reason(prices: Prices, ranked: list[Way]) -> str:
+    kept = next((way for way in ranked if way.kept), None)
+    if kept is not None:
+        floats = next(way for way in ranked if not way.kept)
+        texts = f"kept as integers {kept.predicted_us:.1f} us", f"as floats {floats.predicted_us:.1f} us"
+        return f"weights {', '.join(texts if ranked[0].kept else texts[::-1])}"
     dense = next(way for way in ranked if not way.sparse)
     best = next((way for way in ranked if way.sparse), None)
     if best is None:

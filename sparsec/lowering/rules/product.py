@@ -1,7 +1,8 @@
 """Gemm and MatMul: one constant weight (bias, residual and activation fused), or two activations.
 
 A weight of a fully connected layer is [N, K]: ONNX's Gemm with transB, or MatMul's [K, N] transposed. alpha and beta of a
-Gemm go into weight and bias. Leading axes of x fold into M.
+Gemm go into weight and bias. Leading axes of x fold into M. A weight that the model stores as integers may stay so
+(`sparsec.lowering.rules.weight_only`).
 """
 
 from __future__ import annotations
@@ -12,12 +13,18 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from sparsec.kernels import fc, gemm
+from sparsec.kernels import fc, gemm, weight_only
 from sparsec.kernels.base import KernelCall, Machine
+from sparsec.kernels.weight_only import Stored
 from sparsec.lowering.match import VIEWS, Group, attribute, constant, dims, fuse, only_consumer, scalar
 from sparsec.lowering.prices import SPARSE_FROM, Bound, Prices, Way, choose
 from sparsec.lowering.rules.base import Context, Taken, emit_simple, float_input
+from sparsec.lowering.rules.weight_only import kept_ways, stored_weight
 from sparsec.lowering.structure import detect_structure
+
+_SPARSE_FROM_INTEGERS = (
+    0.5  # share of zeros: integers round many weights to zero, and floats must read a quarter to win
+)
 
 
 def take_gemm(node: ir.Node, context: Context) -> Taken | str | None:
@@ -31,11 +38,14 @@ def take_gemm(node: ir.Node, context: Context) -> Taken | str | None:
     if isinstance(x, str):
         return x
     bias: np.ndarray | None = None
+    turned = node.op_type == "Gemm" and bool(attribute(node, "transB", 0))
+    stored = stored_weight(node.inputs[1], 1 if turned else 0)
     if node.op_type == "Gemm":
         if attribute(node, "transA", 0):
             return "its left side is transposed"
         alpha, beta = float(attribute(node, "alpha", 1.0)), float(attribute(node, "beta", 1.0))
-        w = w if attribute(node, "transB", 0) else w.T
+        stored = stored if alpha == 1.0 else None
+        w = w if turned else w.T
         w = w if alpha == 1.0 else (w * np.float32(alpha)).astype(np.float32)
         if len(node.inputs) > 2 and node.inputs[2] is not None:
             c = constant(node.inputs[2])
@@ -50,13 +60,16 @@ def take_gemm(node: ir.Node, context: Context) -> Taken | str | None:
         assert added is not None
         bias = added.reshape(-1)
     m = int(np.prod(dims(x)[:-1], dtype=np.int64))
-    return bind_product(group, context, x, m, np.ascontiguousarray(w, np.float32), bias)
+    return bind_product(group, context, x, m, np.ascontiguousarray(w, np.float32), bias, stored)
 
 
-def bind_product(group: Group, context: Context, x: ir.Value, m: int, w: np.ndarray, bias: np.ndarray | None) -> Taken:
-    """x as [m, K] times the constant w [N, K] transposed, dense or in a stored form."""
+def bind_product(
+    group: Group, context: Context, x: ir.Value, m: int, w: np.ndarray, bias: np.ndarray | None,
+    stored: Stored | None = None,
+) -> Taken:  # fmt: skip
+    """x as [m, K] times the constant w [N, K] transposed, dense or in a stored form; `stored`: w as the model has it."""
     machine = context.machine
-    prices = price_product(machine, m, w)
+    prices = price_product(machine, m, w, stored)
     measured = context.tuning.find(group.name, prices) if context.tuning is not None else None
     way, candidates, reason = choose(prices, measured)
     call = _call(machine, m, w, way, bias=bias, activation=group.activation, residual=group.residual)
@@ -68,16 +81,18 @@ def bind_product(group: Group, context: Context, x: ir.Value, m: int, w: np.ndar
     )
 
 
-def price_product(machine: Machine, m: int, w: np.ndarray) -> Prices:
-    """Price x [m, K] times w [N, K] transposed: dense tilings, and stored forms if there are zeros to speak of."""
+def price_product(machine: Machine, m: int, w: np.ndarray, integers: Stored | None = None) -> Prices:
+    """Price x [m, K] times w [N, K] transposed: dense tilings, stored forms if there are zeros to speak of, integers."""
     structure = detect_structure(w[:, :, None, None])
     n, k = w.shape
     dense = gemm.TABLE[0]
     ways = [
         Way(machine.named(dense.name), False, us, dense, tiling) for us, tiling in gemm.ranked_tilings(machine, m, k, n)
     ]
+    ways += kept_ways(machine, m, integers) if integers is not None else []
     stored = {}
-    if structure.zeros >= SPARSE_FROM and fc.refusal(w.shape) is None:
+    zeros_from = SPARSE_FROM if integers is None else _SPARSE_FROM_INTEGERS
+    if structure.zeros >= zeros_from and fc.refusal(w.shape) is None:
         for form in fc.TABLE:
             packed = fc.pack(w, form)
             ways.append(Way(machine.named(form.name), True, fc.predict_us(machine, m, packed), form))
@@ -86,11 +101,15 @@ def price_product(machine: Machine, m: int, w: np.ndarray) -> Prices:
     def calls(way: Way) -> Bound:
         return [(_call(machine, m, w, way, bias=np.zeros(n, np.float32)), {"x": "x", "y": "y"})]
 
-    facts = {"op": "Gemm", "x_shape": [m, k], "w_shape": [n, k], "stored": stored}
+    facts: dict[str, Any] = {"op": "Gemm", "x_shape": [m, k], "w_shape": [n, k], "stored": stored}
+    if integers is not None:
+        facts["weights"] = [f"int{integers.bits}", integers.group, integers.zero is not None]
     return Prices(facts, w, structure, tuple(ways), calls)
 
 
 def _call(machine: Machine, m: int, w: np.ndarray, way: Way, **options: Any) -> KernelCall:
+    if way.kept:
+        return weight_only.bind(machine, m=m, stored=way.form, tiling=way.tiling, **options)
     if way.sparse:
         return fc.bind(machine, m=m, w=w, form=way.form, **options)
     return gemm.bind(machine, m=m, w=w, tiling=way.tiling, **options)
