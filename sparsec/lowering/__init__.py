@@ -17,6 +17,7 @@ from sparsec.lowering.plan import plan
 from sparsec.lowering.quantized import unread
 from sparsec.lowering.rules.base import Context, Taken, declare
 from sparsec.lowering.select import select
+from sparsec.lowering.sums import gather_sums
 from sparsec.program import Layer, Program
 from sparsec.targets import Target
 from sparsec.tuning import Choices
@@ -27,7 +28,7 @@ def lower(model: ir.Model, target: Target, name: str = "model", tuning: Choices 
 
     `tuning`: measured choices, asked before the cost model.
     """
-    graph = model.graph
+    graph = gather_sums(model).graph
     check_sizes({str(v.name): dims(v) for v in _values(graph) if v.name})
     calls = Calls(target.machine, frozenset(str(v.name) for v in _values(graph)))
     for value in graph.inputs:
