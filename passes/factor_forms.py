@@ -40,7 +40,8 @@ SHARES = (
     0.9,
 )  # of a layer's weights, that forms are made for
 SLOW_SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.75)  # for forms that are searched, not solved
-SPLITS = (0.25, 0.5)  # of the weights, for S
+SPLITS = (0.15, 0.35, 0.7)  # of the weights, for S
+STORED = ((1, 1), (4, 1), (8, 1), (16, 1), (1, 4), (4, 4), (8, 4))  # blocks that kernels read
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,14 @@ class Menu:
 
 
 def stored_bytes(factor: np.ndarray) -> int:
-    """Bytes of the smallest stored form of [OC, IC, KH, KW] in float32: dense, or R x 1 blocks with an index of 2 bytes each."""
-    matrix = factor.reshape(len(factor), -1) != 0
+    """Bytes of the smallest stored form of [OC, IC, KH, KW] in float32: dense, or R x C blocks with an index of 2 bytes
+    each and 4 bytes a group of rows."""
+    matrix = factor.transpose(0, 2, 3, 1).reshape(len(factor), -1) != 0
     best = 4 * matrix.size
-    for rows in (1, 4, 8, 16):
+    for rows, columns in STORED:
+        if factor.shape[1] % columns:
+            continue
         groups = np.add.reduceat(matrix, np.arange(0, len(matrix), rows), axis=0) > 0
-        best = min(best, int(groups.sum()) * (4 * rows + 2) + 4 * (len(groups) + 1))
+        blocks = groups.reshape(len(groups), -1, columns).any(axis=2)
+        best = min(best, int(blocks.sum()) * (4 * rows * columns + 2) + 4 * (len(groups) + 1))
     return best

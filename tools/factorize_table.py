@@ -173,6 +173,10 @@ def held_bytes(factors: Any) -> int:
     return sum(stored_bytes(f) for chain in factors.chains for _, f in chain)
 
 
+PATTERNS = ((1, 1), (4, 1), (8, 1), (1, 4))
+FINALISTS = 4  # splits and patterns that are searched in full
+
+
 def byte_rows(given: Case, share: float = 0.5) -> Iterator[dict[str, Any]]:
     """The best of each kind at `share` of the layer's bytes, chosen on the calibration samples."""
     from sparsec.passes.low_rank import Svd
@@ -180,34 +184,44 @@ def byte_rows(given: Case, share: float = 0.5) -> Iterator[dict[str, Any]]:
     from sparsec.passes.metric import Objective
     from sparsec.passes.residual_sparse import LowRankPlusSparse, Sparse
 
-    patterns = (Pattern(), Pattern(4, 1), Pattern(8, 1))
-
     def density(shape: Any, rest: float, pattern: Any) -> float:
         """Of S, so that it takes `rest` bytes."""
         oc, ic, kh, kw = shape
-        each = 4 + 2 / pattern.rows
-        return min(1.0, max(0.0, (rest - 4 * (-(-oc // pattern.rows) + 1)) / (each * oc * ic * kh * kw)))
+        block = pattern.rows * pattern.columns
+        blocks = int((rest - 4 * (-(-oc // pattern.rows) + 1)) // (4 * block + 2))
+        return min(1.0, max(0, blocks) * block / (oc * ic * kh * kw))
 
     for layer, own, other, centred in seen_layers(given):
         if layer.op == "Conv" or np.count_nonzero(layer.read()) < 0.5 * layer.size:
             continue
         goal, (oc, ic, _, _) = Objective(layer.read(), metric_of(own, centred)), layer.shape
+        patterns = [Pattern(r, c) for r, c in PATTERNS if ic % c == 0]
         budget = share * 4 * layer.size
         most = int(budget // (4 * (oc + ic)))
         forms: dict[str, list[Any]] = {"low rank": [Svd(most)] if most else []}
         forms["sparse"] = [Sparse(density(layer.shape, budget, p), p) for p in patterns]
-        forms["both"] = []
-        for r in sorted({max(1, most * part // 8) for part in (1, 2, 3, 4, 5, 6)}):
-            rest = budget - 4 * r * (oc + ic)
-            forms["both"] += [
-                LowRankPlusSparse(Svd(r), d, p) for p in patterns if (d := density(layer.shape, rest, p)) > 0
-            ]
+        ranks = {most - 1, most - 2, most - 3, most * 3 // 4, most // 2, most // 4, 1} - {0, -1, -2}
+        pairs = [(r, p, density(layer.shape, budget - 4 * r * (oc + ic), p)) for r in sorted(ranks) for p in patterns]
+
+        def fits(made: Any, budget: float = budget) -> bool:
+            return held_bytes(made) <= budget
+
+        def loss(form: Any, goal: Any = goal, fits: Any = fits) -> float:
+            made = form.build(goal)
+            return float(goal.loss(made)) if fits(made) else np.inf
+
+        rough = sorted((LowRankPlusSparse(Svd(r), d, p, work=0.0) for r, p, d in pairs if d > 0), key=loss)
+        forms["both"] = [LowRankPlusSparse(f.low, f.density, f.pattern) for f in rough[:FINALISTS]]
         row: dict[str, Any] = {"model": given.name, "layer": layer.name, "shape": list(layer.shape), "share": share}
         for kind, ways in forms.items():
             # A ragged last group of rows stores more than its weights: such a form may not fit.
-            built = [made for form in ways if held_bytes(made := form.build(goal)) <= 1.005 * budget + 8]
+            built = [made for form in ways if fits(made := form.build(goal))]
+            if not built:
+                continue
             best = min(built, key=goal.loss)
-            row |= {kind: judged(goal, best, own, other, centred), f"{kind} form": best.kind}
+            row |= {
+                kind: judged(goal, best, own, other, centred), f"{kind} form": best.kind, f"{kind} bytes": held_bytes(best)
+            }  # fmt: skip
         yield row
 
 
@@ -300,8 +314,15 @@ def summary(kind: str, rows: list[dict[str, Any]]) -> Iterator[str]:
             text = f"mean ratio {ratios.mean():.3f}, of the summed errors {total:.3f}, worst {ratios.max():.3f}"
             yield f"{model}: {len(own)} layers, {text}, worse on {(ratios > 1).sum()}."
         elif kind == "bytes":
-            wins = [row["both"] < min(row["low rank"], row["sparse"]) for row in own]
-            yield f"{model}: low rank plus sparse is best on {sum(wins)} of {len(own)}."
+            for share in dict.fromkeys(row["share"] for row in own):
+                rows_ = [row for row in own if row["share"] == share and "both" in row]
+                best = [min(row.get("low rank", 1.0), row["sparse"]) for row in rows_]
+                wins = [row["both"] < limit for row, limit in zip(rows_, best, strict=True)]
+                ratio = np.exp(
+                    np.mean([np.log(max(row["both"], 1e-9) / max(b, 1e-9)) for row, b in zip(rows_, best, strict=True)])
+                )
+                where = f"error {ratio:.2f} of the better one (geometric mean)"
+                yield f"{model}, {share:g} of the bytes: low rank plus sparse is best on {sum(wins)} of {len(rows_)}, {where}."
 
 
 def main() -> None:
