@@ -111,9 +111,7 @@ def unroll_scan(graph: ir.Graph, node: ir.Node, lengths: Sequence[int]) -> list[
 def too_long(node: ir.Node, steps: int, limit: int) -> UnsupportedError:
     """The error for a loop beyond the limit."""
     what = f"{node.op_type} of {steps} steps: at most {limit} are written out"
-    return UnsupportedError(
-        f"{what}; load it with load_model(unroll=N), or compile for a shorter input", f"node {node.name!r}"
-    )
+    return UnsupportedError(f"{what}; give --limit unroll=N, or compile for a shorter input", f"node {node.name!r}")
 
 
 def _bind(body: ir.Graph, values: Sequence[ir.Value | None]) -> None:

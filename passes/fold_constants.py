@@ -48,10 +48,12 @@ class FoldConstants(Pass):
     exact: ClassVar[bool] = True
 
     unroll_steps: int = UNROLL_STEPS  # of a Loop or Scan, at most
+    folded_bytes: int = 1 << 28  # of all constants that are computed, at most
+    nodes: int = 200_000  # that a graph may have with its loops written out
 
     def call(self, model: ir.Model) -> PassResult:
         before = [node.op_type for node in model.graph]
-        walk = _Walk(model, self.unroll_steps)
+        walk = _Walk(model, self)
         folded = walk.run()
         common.RemoveUnusedNodesPass()(model)
         dropped = remove_unused_initializers(model.graph)
@@ -63,8 +65,12 @@ class FoldConstants(Pass):
 
 
 def remove_unused_initializers(graph: ir.Graph) -> int:
-    """Drop initializers that no node reads and that are no outputs; how many were dropped."""
-    unused = [n for n, v in graph.initializers.items() if not v.uses() and not v.is_graph_output()]
+    """Drop initializers that no node reads and that are no outputs; how many were dropped.
+
+    What once was the body of a loop still reads its weights, but is in no graph.
+    """
+    read = {id(x) for node in ir.traversal.RecursiveGraphIterator(graph) for x in node.inputs}
+    unused = [n for n, v in graph.initializers.items() if id(v) not in read and not v.is_graph_output()]
     for name in unused:
         del graph.initializers[name]
     return len(unused)
@@ -115,9 +121,11 @@ def make_constant(graph: ir.Graph, old: ir.Value, array: np.ndarray) -> None:
 
 
 class _Walk:
-    def __init__(self, model: ir.Model, unroll_steps: int) -> None:
+    def __init__(self, model: ir.Model, limits: FoldConstants) -> None:
         self.graph = model.graph
-        self.unroll_steps = unroll_steps
+        self.limits = limits
+        self.unroll_steps = limits.unroll_steps
+        self.folded_bytes = 0
         self.loops: dict[ir.Node, LoopState] = {}
         self.opsets = dict(model.opset_imports)
         self.ir_version = model.ir_version
@@ -132,6 +140,9 @@ class _Walk:
             opened = self._opened(node)
             if opened is not None:
                 pending.extend(reversed(opened))
+                if len(self.graph) > self.limits.nodes:
+                    text = f"written out, it makes a graph of more than {self.limits.nodes} nodes (--limit nodes=N)"
+                    raise ModelError(text, f"node {node.name!r}")
                 folded += 1
                 continue
             if self._fold(node):
@@ -271,6 +282,10 @@ class _Walk:
         if not all(isinstance(r, np.ndarray) for r in results):
             return None
         by_name = {y.name: r for y, r in zip(wanted, results, strict=True)}
+        self.folded_bytes += sum(r.nbytes for r in results)
+        if self.folded_bytes > self.limits.folded_bytes:
+            text = f"constants of more than {self.limits.folded_bytes} bytes are computed up to here"
+            raise ModelError(f"{text} (--limit folded-bytes=N)", f"node {node.name!r}")
         return [by_name.get(y.name) for y in node.outputs]
 
 

@@ -28,6 +28,7 @@ from sparsec.build import build, pack_parity
 from sparsec.codegen import kernel_text
 from sparsec.data import Data, Images, InputSpec, input_spec, load_data
 from sparsec.errors import CheckError, RuntimeUnavailable, UsageError
+from sparsec.limits import DEFAULT, Limits
 from sparsec.loading import load_model, model_bytes
 from sparsec.lowering import lower
 from sparsec.lowering.predict import layer_price
@@ -77,6 +78,7 @@ def compile(
     tuning: str | _os.PathLike[str] | None = None,
     budget: str | None = None,
     budget_data: Calibration | None = None,
+    limits: Limits = DEFAULT,
     progress: Progress | None = None,
 ) -> Artifact:
     """Compile a model to an artifact for one target and prove it against ONNX Runtime.
@@ -89,7 +91,8 @@ def compile(
     artifact if it ends in ".sparsec", else the folder for it; without it the artifact lives in a temporary directory that
     goes with the object. tuning: a file that `sparsec tune` made, asked before the cost model. budget: "accuracy=1%" or
     "speedup=2x" chooses the pruning (`sparsec.budget`; needs calibration); budget_data, with labels or without, measures
-    the drop in the place of a part of the calibration data. Raises a `SparsecError`; then nothing is left behind.
+    the drop in the place of a part of the calibration data. limits: what the model may cost to read.
+    Raises a `SparsecError`; then nothing is left behind.
     """
     say = progress or (lambda text: None)
     if threads < 1 or threads > 256:
@@ -112,7 +115,7 @@ def compile(
     with _destination(output, name, overwrite) as (directory, finish):
         say("loading")
         rewritten = _rewrite(
-            model, passes, chosen, calibration, shapes, bind, plugins, dump, preprocess, say, machine, fit
+            model, passes, chosen, calibration, shapes, bind, plugins, dump, preprocess, say, machine, limits, fit
         )
         data = model_bytes(rewritten.model)
         say("lowering")
@@ -160,6 +163,7 @@ def rewrite(
     dump: str | _os.PathLike[str] | None = None,
     preprocess: str | None = None,
     records: list[dict[str, Any]] | None = None,
+    limits: Limits = DEFAULT,
     progress: Progress | None = None,
 ) -> ir.Model:
     """Only load and rewrite: the model after its passes, a valid standard ONNX model. Arguments as for `compile`.
@@ -167,7 +171,9 @@ def rewrite(
     records: a list to which one JSON-able record a pass is added.
     """
     say = progress or (lambda text: None)
-    done = _rewrite(model, passes, _recipe(recipe), calibration, shapes, bind, plugins, dump, preprocess, say, None)
+    done = _rewrite(
+        model, passes, _recipe(recipe), calibration, shapes, bind, plugins, dump, preprocess, say, None, limits
+    )
     if records is not None:
         records += done.records
     return done.model
@@ -179,11 +185,12 @@ def _recipe(recipe: Any) -> Recipe:
 
 def _rewrite(
     model: Model, passes: Iterable[Any], recipe: Recipe, calibration: Calibration | None, shapes: Any, bind: Any,
-    plugins: Any, dump: Any, preprocess: str | None, say: Progress, target: Target | None, fit: Any = None,
+    plugins: Any, dump: Any, preprocess: str | None, say: Progress, target: Target | None,
+    limits: Limits, fit: Any = None,
 ) -> Rewritten:  # fmt: skip
     notes: list[str] = []
     steps = resolve_passes(passes, recipe, plugins)  # a wrong pass is said before the model is read
-    loaded = load_model(model, {**recipe.shapes, **(shapes or {})}, bind, notes)
+    loaded = load_model(model, {**recipe.shapes, **(shapes or {})}, bind, notes, limits)
     source = calibration if calibration is not None else recipe.calibration
     data = None
     if source is not None:

@@ -1,14 +1,20 @@
 """load: a model file to a checked, normalised `onnx_ir.Model` at one working opset with static shapes.
 
+All of it happens in a process of its own (`sparsec.isolation`), within `Limits`: the file is untrusted, and checker,
+version converter, shape inference and ONNX Runtime are C++. What comes back has been through each of them.
+
 The line: read (sparsec.reading) -> inline functions -> refuse what is not plain ONNX -> upgrade to `OPSET` -> name the
 nodes -> fix input shapes, bind inputs -> the passes of `normalisation`, in this order -> check that every value has a
-static shape and a type. Deterministic; weights keep their values except where BatchNorm is folded into them.
+static shape and a type -> one run in ONNX Runtime. Deterministic; weights keep their values except where BatchNorm is
+folded into them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +23,10 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from sparsec.errors import ModelError, SparsecError, UnsupportedError, UsageError
+from sparsec.exchange import mapped, pack, unpack, without_data
+from sparsec.external_data import Extent, ExternalFiles
+from sparsec.isolation import Allowance, Worker, call
+from sparsec.limits import DEFAULT, MEMORY_FACTOR, Limits
 from sparsec.opsets import STANDARD_DOMAINS, inline_functions, listed, to_working_opset
 from sparsec.passes import (
     ExplicitPads,
@@ -28,29 +38,35 @@ from sparsec.passes import (
     RemoveNoOps,
     UnrollRecurrent,
 )
-from sparsec.passes.control_flow import UNROLL_STEPS
-from sparsec.passes.fold_constants import constant, has_subgraph, remove_unused_initializers, static_shape
+from sparsec.passes.fold_constants import (
+    constant,
+    has_subgraph,
+    quiet_session,
+    remove_unused_initializers,
+    static_shape,
+)
 from sparsec.passes.unroll_recurrent import RECURRENT, refusal
 from sparsec.passes_api import META_KEY, Pass
-from sparsec.reading import check_proto, read_proto
+from sparsec.reading import Source, check_proto, read_source
 from sparsec.targets import suggest
 
 
-def normalisation(unroll: int = UNROLL_STEPS) -> tuple[Pass, ...]:
-    """The passes of loading, in order. `unroll`: steps of a loop or a recurrent operator that are written out at most.
+def normalisation(limits: Limits = DEFAULT) -> tuple[Pass, ...]:
+    """The passes of loading, in order.
 
     Shapes first (the others need them) but behind what has no standard operator yet; again at the end, since folding
     may leave constants to fold.
     """
+    fold = FoldConstants(limits.unroll, limits.folded_bytes, limits.nodes)
     return (
         ImportQOperator(),
-        FoldConstants(unroll),
-        UnrollRecurrent(unroll),
+        fold,
+        UnrollRecurrent(limits.unroll),
         RemoveNoOps(),
         NormalizeQdq(),
         ExplicitPads(),
         FoldBatchNorm(),
-        FoldConstants(),
+        fold,
         FuseLayerNorm(),
     )
 
@@ -63,54 +79,215 @@ def load_model(
     shapes: Shapes | None = None,
     bind: Mapping[str, Any] | None = None,
     notes: list[str] | None = None,
-    unroll: int = UNROLL_STEPS,
+    limits: Limits = DEFAULT,
 ) -> ir.Model:
     """The model, checked and normalised; the caller's object is left alone.
 
     `shapes`: input name -> full shape. `bind`: input name -> value (number, sequence, array or text such as "16000" or
     "0.5+1"), fixed as a constant. `notes` receives one line for everything a user should be told, such as a symbolic
-    batch that became 1. `unroll`: the longest loop or recurrent sequence that is written out, in steps.
+    batch that became 1. `limits`: what the model may cost, and whether it is read in a process of its own.
 
-    Raises ModelError (damaged or invalid), UnsupportedError (lists everything at once), UsageError
+    Raises ModelError (damaged, invalid, or beyond a limit), UnsupportedError (lists everything at once), UsageError
     (a shape or bound value that does not fit).
     """
     notes = notes if notes is not None else []
     if isinstance(source, ir.Model):
         source = ir.to_proto(source)
-    where = os.path.basename(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "model"
-    proto = read_proto(source)
+    shapes, bind = dict(shapes or {}), dict(bind or {})
+    if limits.isolate:
+        return _isolated(source, shapes, bind, notes, limits)
+    return load_here(source, shapes, bind, notes, limits)[0]
+
+
+def load_here(
+    source: str | os.PathLike[str] | bytes | onnx.ModelProto,
+    shapes: dict[str, Any],
+    bind: dict[str, Any],
+    notes: list[str],
+    limits: Limits = DEFAULT,
+    say: Say = lambda text: None,
+    on_map: Callable[[int], None] = lambda size: None,
+) -> tuple[ir.Model, Beside]:
+    """`load_model` in this process; with the model the large initializers that are still what a file beside it holds."""
+    where = _where(source)
+    say("reading the file")
+    read = read_source(source, limits, on_map=on_map)
     try:
-        return _load(proto, dict(shapes or {}), dict(bind or {}), where, notes, unroll)
-    except SparsecError:
+        return _load(read, shapes, bind, notes, limits, say)
+    except (SparsecError, MemoryError):
         raise
     except Exception as error:  # what onnx.checker lets through and the libraries below then stumble over
         text = " ".join(f"{type(error).__name__}: {error}".split())
         raise ModelError(f"cannot be normalised: {text[:300]}", where) from error
 
 
+Say = Callable[[str], None]
+Beside = dict[str, tuple[ir.Tensor, Extent]]
+
+
+def _where(source: Any) -> str:
+    return os.path.basename(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "model"
+
+
 def _load(
-    proto: onnx.ModelProto, shapes: dict[str, Any], bind: dict[str, Any], where: str, notes: list[str], unroll: int
-) -> ir.Model:
-    model = ir.from_proto(to_working_opset(inline_functions(proto, where), where))
+    read: Source, shapes: dict[str, Any], bind: dict[str, Any], notes: list[str], limits: Limits, say: Say
+) -> tuple[ir.Model, Beside]:
+    where = read.where
+    say("onnx.checker")
+    check_proto(read.proto, where)
+    say("inlining functions")
+    proto = inline_functions(read.proto, where)
+    say("the opset conversion")
+    model = ir.from_proto(to_working_opset(proto, where))
+    beside = _attach(model.graph, read)
+    say("shape inference and constant folding")
     _name_nodes(model.graph)
     _drop_initializer_inputs(model.graph, bind, notes)
     _fix_shapes(model.graph, shapes, bind, where, notes)
     _forget_inferred_shapes(model.graph)
-    normalise(model, unroll)
-    _refuse_unfinished(model, where, unroll)
+    normalise(model, limits)
+    _refuse_unfinished(model, where, limits)
     _tidy(model)
-    check_proto(ir.to_proto(model), where)
-    return model
+    say("onnx.checker on the normalised model")
+    check_proto(without_data(model), where)
+    return model, beside
 
 
-def normalise(model: ir.Model, unroll: int = UNROLL_STEPS) -> None:
+def _attach(graph: ir.Graph, read: Source) -> Beside:
+    """Give the large external initializers their data back, mapped."""
+    beside: Beside = {}
+    for value in [v for v in graph.inputs if v.name in read.lazy]:
+        name = str(value.name)
+        proto, extent = read.lazy[name]
+        tensor = mapped(read.files.view(extent), ir.serde.TensorProtoTensor(proto), name, read.where)
+        beside[name] = tensor, extent
+        value.const_value = tensor
+        if value.name in read.declared:
+            graph.register_initializer(value)
+            continue
+        graph.inputs.remove(value)
+        graph.register_initializer(value)
+    return beside
+
+
+def normalise(model: ir.Model, limits: Limits = DEFAULT) -> None:
     """Run the passes of loading in place."""
-    for step in normalisation(unroll):
+    for step in normalisation(limits):
         step(model)
     common.RemoveUnusedNodesPass()(model)
     remove_unused_initializers(model.graph)
     common.TopologicalSortPass()(model)
     model.meta.pop(META_KEY, None)
+
+
+# ---- the process of its own
+
+
+def _isolated(
+    source: str | os.PathLike[str] | bytes | onnx.ModelProto,
+    shapes: dict[str, Any],
+    bind: dict[str, Any],
+    notes: list[str],
+    limits: Limits,
+) -> ir.Model:
+    where, folder, path, parts = _where(source), None, None, []
+    if isinstance(source, onnx.ModelProto):
+        try:
+            parts = [source.SerializeToString()]
+        except ValueError as error:
+            raise ModelError("above 2 GB; save it with external data and give its path", where) from error
+        size = len(parts[0])
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        parts, size = [source], len(source)
+    elif isinstance(source, (str, os.PathLike)):
+        path = os.path.abspath(os.fspath(source))
+        folder = Path(path).parent
+        size = os.path.getsize(path) if os.path.isfile(path) else 0
+    else:
+        return load_here(source, shapes, bind, notes, limits)[0]  # says what is wrong
+    if size > limits.file_bytes:
+        raise ModelError(f"{size} bytes, at most {limits.file_bytes} are read (--limit file-bytes=N)", where)
+    header = {
+        "path": path,
+        "shown": os.fspath(source) if path is not None else None,
+        "where": where,
+        "shapes": {name: _sizes(name, shape) for name, shape in shapes.items()},
+        "bind": {name: _plain(value) for name, value in bind.items()},
+        "limits": dataclasses.asdict(limits),
+    }
+    allowance = Allowance(limits.memory + MEMORY_FACTOR * size, limits.seconds)
+    answer, contents = call("sparsec.loading:load_task", header, parts, allowance, where)
+    notes += [str(note) for note in answer.get("notes", [])]
+    return unpack(contents, ExternalFiles(folder, where, limits))
+
+
+def load_task(worker: Worker, header: dict[str, Any], parts: list[memoryview]) -> None:
+    """`load_model` for `sparsec.isolation`."""
+    limits = Limits(**header["limits"])
+    bind = {name: value if isinstance(value, str) else _bound(value) for name, value in header["bind"].items()}
+    source = header["path"] if header["path"] is not None else bytes(parts[0])
+    notes: list[str] = []
+    try:
+        model, beside = load_here(
+            source, header["shapes"], bind, notes, limits, worker.step, lambda n: worker.allow(3 * n)
+        )
+    except SparsecError as error:
+        if error.where == header["path"] and header["shown"]:
+            error.where = header["shown"]
+        raise
+    if not beside:
+        worker.step("a run in ONNX Runtime")
+        _try(model, header["where"])
+    worker.step("handing the model over")
+    worker.answer({"notes": notes}, pack(model, beside))
+
+
+def warm() -> None:
+    """Load something small, so that the workers of `sparsec.isolation` find everything imported."""
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
+    proto = onnx.helper.make_model(onnx.helper.make_graph([node], "warm", [x], [y]))
+    _try(load_here(proto, {}, {}, [])[0], "warm")
+
+
+def _try(model: ir.Model, where: str) -> None:
+    """Run the model once, with zeros. A crash ends this process; an operator that ONNX Runtime lacks is no fault."""
+    try:
+        session = quiet_session(model_bytes(model))
+        feeds = {
+            v.name: np.zeros([int(str(d)) for d in v.shape], v.dtype.numpy())
+            for v in model.graph.inputs
+            if v.shape is not None and v.dtype is not None
+        }
+        session.run(None, feeds)
+    except MemoryError:
+        raise
+    except Exception as error:
+        if "bad_alloc" in str(error) or "Failed to allocate memory" in str(error):
+            raise MemoryError from error
+
+
+def _bound(value: Any) -> Any:
+    dtype, numbers = value
+    return np.array(numbers, dtype) if isinstance(numbers, list) else np.dtype(dtype).type(numbers).item()
+
+
+def _plain(value: Any) -> Any:
+    """A bound value in JSON: text as it is, numbers with their type; what is neither as text, to be refused."""
+    if isinstance(value, str):
+        return value
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError):
+        return repr(value)
+    return [array.dtype.str, array.tolist()] if array.dtype.kind in "biuf" else repr(value)
+
+
+def _sizes(name: str, shape: Any) -> list[int]:
+    try:
+        return [int(d) for d in shape]
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"expected a list of numbers, got {shape!r}", f"--shape {name}") from error
 
 
 # ---- names, inputs and shapes
@@ -277,7 +454,7 @@ def _refuse_types(graph: ir.Graph, where: str) -> None:
         raise UnsupportedError(f"inputs and outputs must be tensors of numbers: {listed(problems)}", where)
 
 
-def _refuse_unfinished(model: ir.Model, where: str, unroll: int) -> None:
+def _refuse_unfinished(model: ir.Model, where: str, limits: Limits) -> None:
     problems = []
     for node in model.graph:
         what = f"{node.op_type} {node.name!r}"
@@ -287,14 +464,14 @@ def _refuse_unfinished(model: ir.Model, where: str, unroll: int) -> None:
         if has_subgraph(node):
             problems.append(f"{what}: control flow that depends on the input (--bind may fix an input)")
             continue
-        training = node.inputs[2] if node.op_type == "Dropout" and len(node.inputs) > 2 else None
-        if training is not None and not _is_false(training):
+        ratio, training = [*node.inputs[1:3], None, None][:2] if node.op_type == "Dropout" else (None, None)
+        if training is not None and not _is_false(training) and not (ratio is not None and _is_false(ratio)):
             problems.append(f"{what}: may be in training mode; export the model for inference")
         if node.op_type == "MaxPool" and any(y.uses() or y.is_graph_output() for y in node.outputs[1:]):
             problems.append(f"{what}: the Indices of a MaxPool have no lowering")
         if node.op_type in RECURRENT:
-            remedy = "load it with load_model(unroll=N), or compile for one step, with the state as input and output"
-            problems.append(f"{what}: {refusal(node, unroll)}; {remedy}")
+            remedy = "give --limit unroll=N, or compile for one step, with the state as input and output"
+            problems.append(f"{what}: {refusal(node, limits.unroll)}; {remedy}")
         for value in node.outputs:
             if not value.name:
                 continue
@@ -304,10 +481,19 @@ def _refuse_unfinished(model: ir.Model, where: str, unroll: int) -> None:
                 problems.append(f"{what}: its output {value.name!r} is no tensor of numbers")
             elif static_shape(value) is None:
                 problems.append(f"{what}: the shape of its output {value.name!r} depends on the input's values")
+            elif _elements(value) > limits.elements:
+                text = (
+                    f"its output {value.name!r} has {_elements(value)} elements, at most {limits.elements} are computed"
+                )
+                problems.append(f"{what}: {text} (--limit elements=N)")
     if problems:
         raise UnsupportedError(listed(_roots_first(problems)), where)
     if not len(model.graph):
         raise ModelError("nothing is left to compute: every output is an input or a constant", where)
+
+
+def _elements(value: ir.Value) -> int:
+    return int(np.prod(static_shape(value) or (), dtype=object))
 
 
 def _is_false(value: ir.Value) -> bool:

@@ -20,6 +20,7 @@ from sparsec import measure, tuning
 from sparsec.artifact import Artifact
 from sparsec.build import cache_folder
 from sparsec.errors import CheckError, RuntimeUnavailable, TuningError, UsageError
+from sparsec.limits import DEFAULT, Limits
 from sparsec.loading import load_model
 from sparsec.lowering import lower
 from sparsec.lowering.prices import Prices, Way
@@ -95,6 +96,7 @@ def tune(
     bind: Mapping[str, Any] | None = None,
     notes: list[str] | None = None,
     progress: Progress | None = None,
+    limits: Limits = DEFAULT,
 ) -> Tuned:
     """Measure the convolutions and products of a model, or of an `Artifact`, and keep the choices in the file `cache`.
 
@@ -102,6 +104,7 @@ def tune(
     artifact's). cache: a file of before is extended; default: one for this CPU in the user's cache folder. time_limit:
     seconds; layers that are left then are named in `skipped`. again: measure layers that the file has already. notes: a
     list to which is added what the user should know. progress: called with a text, or a text, a number and a total.
+    limits: what the model may cost to read.
     Raises a `SparsecError`; what was measured until then is in the file.
     """
     say = progress or (lambda what, done=None, total=None: None)
@@ -113,7 +116,7 @@ def tune(
     known = _known(path, target, notes)
     say("lowering")
     recorder = _Recorder()
-    lower(load_model(source, shapes, bind, notes), target, "model", recorder)
+    lower(load_model(source, shapes, bind, notes, limits), target, "model", recorder)
     wanted = [layer for layer in recorder.layers if again or known.nearest(layer[1].facts) is None]
     wanted.sort(key=lambda layer: -len(layer[0]) * layer[1].cheapest.predicted_us)  # in case time runs out
     end = time.perf_counter() + time_limit if time_limit is not None else None

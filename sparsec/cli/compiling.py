@@ -15,6 +15,7 @@ from sparsec.terminal import note, print_json, progress, stdout
 
 if TYPE_CHECKING:
     from sparsec.artifact import Artifact
+    from sparsec.limits import Limits
 
 
 @click.command("compile")
@@ -39,7 +40,7 @@ def compile_verb(
     embed_weights: bool, tuning: str | None, budget: str | None, budget_data: str | None, as_json: bool, verbose: bool,
 ) -> None:  # fmt: skip
     """An ONNX model into an artifact for one target."""
-    _early(model, output, overwrite, machine)
+    _early(model, output, overwrite, machine, fixed.limits)
     from sparsec.budget import BudgetMissed
     from sparsec.compiler import compile
 
@@ -64,14 +65,17 @@ def compile_verb(
         _print_compiled(artifact, seconds, verbose)
 
 
-def _early(model: str, output: str, overwrite: bool, machine: Machine) -> None:
-    """The cheap mistakes, said before TVM is imported."""
+def _early(model: str, output: str, overwrite: bool, machine: Machine, limits: Limits) -> None:
+    """The cheap mistakes, said before TVM is imported; the process that reads the model starts meanwhile."""
+    from sparsec import isolation
     from sparsec.artifact import SUFFIX, artifact_path, check_output
 
     if machine.target is not None or machine.precision is not None:
         machine.find()
     if os.path.isfile(model):
         check_output(artifact_path(output, Path(model).name.removesuffix(".onnx").removesuffix(SUFFIX)), overwrite)
+        if limits.isolate:
+            isolation.start("sparsec.loading")
 
 
 def _compiled_json(artifact: Artifact, seconds: float) -> dict[str, Any]:

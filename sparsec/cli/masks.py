@@ -120,7 +120,7 @@ def _load(path: str, fixed: Fixed) -> onnx_ir.Model:
     from sparsec.loading import load_model
 
     notes: list[str] = []
-    model = load_model(path, fixed.shapes, fixed.bind, notes)
+    model = load_model(path, fixed.shapes, fixed.bind, notes, fixed.limits)
     for text in notes:
         note(text)
     return model

@@ -2,7 +2,7 @@
 
 MACHINE  --target --cpu --os --precision                        machine: Machine
 REWRITE  --recipe --pass --plugin --calibration --preprocess    rewriting: Rewriting
-SHAPES   --shape --bind                                         fixed: Fixed
+SHAPES   --shape --bind --limit                                 fixed: Fixed
 REPORT   --json -v                                              as_json: bool, verbose: bool
 """
 
@@ -18,6 +18,7 @@ import click
 
 from sparsec.cli.arguments import parse_binds, parse_shapes
 from sparsec.errors import UsageError
+from sparsec.limits import DEFAULT, Limits, parse_limits
 
 if TYPE_CHECKING:
     from sparsec.targets import Target
@@ -65,10 +66,11 @@ class Rewriting:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Shapes and values that inputs are fixed to, by input name."""
+    """Shapes and values that inputs are fixed to, by input name, and what the model may cost to read."""
 
     shapes: dict[str, tuple[int, ...]]
     bind: dict[str, str]
+    limits: Limits
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -76,8 +78,8 @@ class Fixed:
         return dict(vars(self))
 
 
-def _fixed(shapes: tuple[str, ...], binds: tuple[str, ...]) -> Fixed:
-    return Fixed(parse_shapes(shapes), parse_binds(binds))
+def _fixed(shapes: tuple[str, ...], binds: tuple[str, ...], limits: tuple[str, ...]) -> Fixed:
+    return Fixed(parse_shapes(shapes), parse_binds(binds), parse_limits(limits))
 
 
 def only_for_models(fixed: Fixed, machine: Machine | None = None) -> None:
@@ -85,7 +87,8 @@ def only_for_models(fixed: Fixed, machine: Machine | None = None) -> None:
     given: dict[str, Any] = {}
     if machine is not None:
         given = {"target": machine.target, "cpu": machine.cpu, "os": machine.system, "precision": machine.precision}
-    for name, value in {**given, "shape": fixed.shapes, "bind": fixed.bind}.items():
+    given |= {"shape": fixed.shapes, "bind": fixed.bind, "limit": fixed.limits != DEFAULT}
+    for name, value in given.items():
         if value:
             raise UsageError("is decided in an artifact; give a MODEL.onnx, or leave it out", f"--{name}")
 
@@ -140,6 +143,13 @@ SHAPES = _group(
     _fixed,
     click.option("--shape", "shapes", multiple=True, metavar="INPUT:1x3x224x224", help="Fix an input's shape."),
     click.option("--bind", "binds", multiple=True, metavar="INPUT=VALUE", help="Fix an input to a constant."),
+    click.option(
+        "--limit",
+        "limits",
+        multiple=True,
+        metavar="NAME=N",
+        help="What a model may cost to read: memory=8G, nodes=1000k, ...",
+    ),
 )
 MACHINE = _group(
     "machine",

@@ -41,7 +41,7 @@ def tune_verb(
 
     start, notes = time.perf_counter(), list[str]()
     with progress() as say:
-        result = tune(model, cpu, cache, time_limit, again, fixed.shapes, fixed.bind, notes, say)
+        result = tune(model, cpu, cache, time_limit, again, fixed.shapes, fixed.bind, notes, say, fixed.limits)
     for text in notes:
         note(text)
     if result.skipped:

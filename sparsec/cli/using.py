@@ -34,7 +34,9 @@ def inspect_verb(path: str, machine: Machine, fixed: Fixed, as_json: bool, verbo
         notes: list[str] = []
         with progress() as say:
             say("lowering")
-            result = inspect_model(load_model(path, fixed.shapes, fixed.bind, notes), target, Path(path).stem)
+            result = inspect_model(
+                load_model(path, fixed.shapes, fixed.bind, notes, fixed.limits), target, Path(path).stem
+            )
         for text in notes:
             note(text)
     if as_json:

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from programs import onnx_runtime
 
 from sparsec.errors import UnsupportedError
+from sparsec.limits import Limits
 from sparsec.loading import load_model, model_bytes
 from sparsec.passes import UnrollRecurrent
 
@@ -65,10 +66,10 @@ def test_equals_onnx_runtime(kind: str, attributes: dict[str, Any], direction: s
 
 def test_a_longer_sequence_is_refused_with_what_to_do() -> None:
     with pytest.raises(
-        UnsupportedError, match="sequence has 5 steps, at most 4 are written out; load it with load_model"
+        UnsupportedError, match="sequence has 5 steps, at most 4 are written out; give --limit unroll=N"
     ):
-        load_model(network("GRU"), unroll=4)
-    assert load_model(network("GRU"), unroll=5)
+        load_model(network("GRU"), limits=Limits(unroll=4))
+    assert load_model(network("GRU"), limits=Limits(unroll=5))
 
 
 def test_a_second_run_changes_nothing_and_other_nodes_are_left() -> None:
