@@ -17,6 +17,7 @@ Written out by hand: the register tile's shape is chosen for the machine and bot
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from sparsec.kernels import bytes as vectors
 from sparsec.kernels import dots, emit, gemm, quantized
 from sparsec.kernels.base import Format, KernelCall, Machine, unique
 from sparsec.kernels.dots import WORD
@@ -135,9 +137,12 @@ def load_words(x: Any, start: Any, count: int) -> Any:
 
 def register_tile(
     machine: Machine, rows: int, parts: Sequence[Part], depth: int, row_words: Callable[[int, Any, int], RowWords],
-    weights: Callable[[Any, Part], Any], start: Callable[[Part], Any], done: Callable[[int, Part, Any], None],
+    weights: Callable[[Any, Part], Any], start: Callable[[Part], Any], done: Callable[[int, list[Any]], None],
 ) -> None:  # fmt: skip
-    """Accumulate `depth` words. `row_words(r, k, count)`: words of row r from word k; `weights(k, part)`: a vector."""
+    """Accumulate `depth` words. `row_words(r, k, count)`: words of row r from word k; `weights(k, part)`: a vector.
+
+    `done(r, sums of the parts)` for each row.
+    """
     tile = rows * len(parts)
     chains = max(1, min(_CHAINS // tile, depth))
     acc = emit.Accumulators([rows * chains] * len(parts), [part.lanes for part in parts], "int32")
@@ -161,8 +166,7 @@ def register_tile(
     if depth:
         emit.in_rounds(depth, unroll, steps)
     for r in range(rows):
-        for p, part in enumerate(parts):
-            done(r, part, balanced([acc.get(c * rows + r, p) for c in range(chains)]))
+        done(r, [balanced([acc.get(c * rows + r, p) for c in range(chains)]) for p in range(len(parts))])
 
 
 def balanced(terms: list[Any]) -> Any:
@@ -184,6 +188,16 @@ def column_constants(
     starts[:n] = quantized.correction(machine, w, bias, x)
     multipliers[:n] = steps.multipliers(x, np.broadcast_to(w_scale, (n,)))
     return {"starts": starts, "multipliers": multipliers}
+
+
+def _together(machine: Machine, steps: Requantize, parts: Sequence[Part]) -> list[tuple[int, int]]:
+    """(first, count) of the parts whose sums are stored at a time: four equal vectors make one of bytes."""
+    found = []
+    for lanes, same in itertools.groupby(enumerate(parts), key=lambda pair: pair[1].lanes):
+        numbers = [i for i, _ in same]
+        most = WORD if steps.y is not None and lanes >= WORD and vectors.picks(machine) else 1
+        found += [(some[0], len(some)) for some in (numbers[i : i + most] for i in range(0, len(numbers), most))]
+    return found
 
 
 def bind(
@@ -211,6 +225,7 @@ def bind(
     column_blocks = sum(count for _, count in blocks)
     columns = sum(span(parts) * count for parts, count in blocks)
     constants = {"weights": packed, **column_constants(machine, w, bias, x, w_scale, steps, columns)}
+    bounded = quantized.largest(w, bias, constants["multipliers"][:n]) >= 2.0**30
     flip = quantized.flipped(machine, x)
     roles = ("x", "y", *(("residual",) if steps.residual != "none" else ()), *constants)
     sizes = {"x": (m * k, x.dtype), "y": (m * n, steps.element), "residual": (m * n, steps.other_element)}
@@ -228,11 +243,20 @@ def bind(
             row_starts = [T.bind((row + r) * k) for r in range(rows)]
             factors = [T.bind(emit.load(named["multipliers"], column + part.at, part.lanes)) for part in parts]
 
-            def done(r: int, part: Part, value: Any) -> None:
-                at = out + r * n + part.at
-                other = emit.load(named["residual"], at, part.lanes) if steps.residual != "none" else None
-                finished = steps.finish(words, value, factors[parts.index(part)], other)
-                emit.store(named["y"], at, finished, part.lanes, part.valid)
+            def done(r: int, sums: list[Any]) -> None:
+                at = out + r * n
+                for first, count in _together(words, steps, parts):
+                    some = slice(first, first + count)
+                    others = [
+                        emit.load(named["residual"], at + part.at, part.lanes) if steps.residual != "none" else None
+                        for part in parts[some]
+                    ]
+                    if count == 1:
+                        finished = steps.finish(words, sums[first], factors[first], others[0])
+                    else:
+                        finished = steps.finish_bytes(words, sums[some], factors[some], others, bounded)
+                    valid = sum(part.valid for part in parts[some])
+                    emit.store(named["y"], at + parts[first].at, finished, count * parts[first].lanes, valid)
 
             register_tile(
                 words, rows, parts, depth,
@@ -255,6 +279,6 @@ def bind(
             choose_case(column_block, [(count, lambda parts=parts: rows_of(parts)) for parts, count in blocks])
 
     func = emit.function([(role, *sizes[role]) for role in roles], body)
-    name = unique(f"gemm_i8_dense_{tiling.rows}x{tiling.width}", m, k, n, tiling, steps, x.dtype, machine)
+    name = unique(f"gemm_i8_dense_{tiling.rows}x{tiling.width}", m, k, n, tiling, steps, bounded, x.dtype, machine)
     text = f"{m}x{k} times {k}x{n} in 8 bits, tiles {tiling.rows}x{tiling.width}, {steps.activation.name}, residual {steps.residual}"
     return KernelCall(name, func, roles, constants, row_blocks * column_blocks, 0, text)
