@@ -1,7 +1,8 @@
 """Remove nodes that return their input: y = x.
 
     Identity; Dropout at inference; Cast to the same type; Reshape, Flatten, Squeeze, Unsqueeze, Expand, Tile, Slice,
-    Pad that keep the shape; Transpose that keeps the order; Concat, Sum, Mean, Min, Max of one input
+    Pad that keep the shape; Transpose that keeps the order; Concat, Sum, Mean, Min, Max of one input; Split into all
+    and nothing. Parts of a Concat without elements are left out first.
 
 Needs static shapes (`fold-constants`). Graph inputs and outputs keep their names.
 """
@@ -30,7 +31,7 @@ class RemoveNoOps(Pass):
     exact: ClassVar[bool] = True
 
     def call(self, model: ir.Model) -> PassResult:
-        removed = []
+        removed = [f"empty parts of {node.name}" for node in model.graph if _drop_empty_parts(node)]
         for node in list(model.graph):
             if _is_no_op(node) and _bypass(model.graph, node):
                 removed.append(node.name)
@@ -39,6 +40,19 @@ class RemoveNoOps(Pass):
             remove_unused_initializers(model.graph)
             Context.of(model).records.append({"removed": removed})
         return PassResult(model, bool(removed))
+
+
+def _drop_empty_parts(node: ir.Node) -> bool:
+    """Let a Concat read only inputs with elements, if there are some."""
+    if node.op_type != "Concat" or node.domain not in ("", "ai.onnx"):
+        return False
+    kept = [x for x in node.inputs if x is None or 0 not in (static_shape(x) or ())]
+    if not kept or len(kept) == len(node.inputs):
+        return False
+    for i, x in enumerate(kept):
+        node.replace_input_with(i, x)
+    node.resize_inputs(len(kept))
+    return True
 
 
 def _is_no_op(node: ir.Node) -> bool:
@@ -62,6 +76,8 @@ def _is_no_op(node: ir.Node) -> bool:
         return order is not None and list(order) == sorted(order)
     if node.op_type in SHAPE_ONLY:
         return same
+    if node.op_type == "Split":
+        return same and not any(part.uses() or part.is_graph_output() for part in node.outputs[1:])
     if node.op_type == "Pad":
         pads = constant(node.inputs[1])
         return same and pads is not None and not pads.any()

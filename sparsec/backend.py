@@ -34,6 +34,7 @@ SHAPE_INPUTS: Mapping[str, tuple[int, ...]] = {
     "CumProd": (1,),
     "CumSum": (1,),
     "DFT": (1, 2),
+    "Dropout": (1, 2),
     "Expand": (1,),
     "HammingWindow": (0,),
     "HannWindow": (0,),
@@ -67,21 +68,23 @@ SHAPE_INPUTS: Mapping[str, tuple[int, ...]] = {
     "Unsqueeze": (1,),
     "Upsample": (1,),
 }
-_PASSED_ON = frozenset({"Cast", "Identity", "Squeeze", "Unsqueeze", "Reshape", "Concat", "Gather", "Slice"})
+SHAPE_RANK = 1  # of an input that shapes are computed from by other operators
 
 
 def shape_inputs(graph: onnx.GraphProto) -> list[str]:
-    """Names of the graph's inputs that shapes depend on, directly or through nodes that only move values."""
+    """Names of the graph's inputs that shapes depend on: directly, or through any nodes if they are lists of numbers."""
+    direct: set[str] = set()
     wanted: set[str] = set()
     for node in reversed(graph.node):
         if node.domain not in ("", "ai.onnx"):
             continue
-        wanted.update(node.input[i] for i in SHAPE_INPUTS.get(node.op_type, ()) if i < len(node.input))
-        if node.op_type in _PASSED_ON and any(name in wanted for name in node.output):
+        direct.update(node.input[i] for i in SHAPE_INPUTS.get(node.op_type, ()) if i < len(node.input))
+        if node.op_type not in ("Shape", "Size") and any(name in wanted | direct for name in node.output):
             wanted.update(node.input)
         for inner in _subgraphs(node):
-            wanted.update(shape_inputs(inner))
-    return [value.name for value in graph.input if value.name in wanted]
+            direct.update(shape_inputs(inner))
+    lists = {v.name for v in graph.input if len(v.type.tensor_type.shape.dim) <= SHAPE_RANK}
+    return [value.name for value in graph.input if value.name in direct | (wanted & lists)]
 
 
 def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
@@ -93,12 +96,25 @@ def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
 
 def lowered(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray], target: Target) -> Program:
     """`model` lowered for the shapes of `inputs`, the values of those that shapes depend on fixed."""
-    names = {value.name for value in model.graph.input}
-    bound = {name: inputs[name] for name in shape_inputs(model.graph) if name in inputs}
-    given = {value.name for value in model.graph.initializer}
-    bound |= {name: inputs[name] for name in inputs if name in given and name in names}
-    shapes = {name: array.shape for name, array in inputs.items() if name not in bound}
-    return lower(load_model(model, shapes, bound), target)
+    fixed = {*shape_inputs(model.graph), *(value.name for value in model.graph.initializer)}
+    bound = [name for name in inputs if name in fixed]
+    shapes = {name: array.shape for name, array in inputs.items() if name not in fixed}
+    if bound:
+        model = _with_constants(model, {name: inputs[name] for name in bound})
+    return lower(load_model(model, shapes), target)
+
+
+def _with_constants(model: onnx.ModelProto, values: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+    """`model` with inputs turned into initializers, which all of loading sees."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    graph = changed.graph
+    for kind in (graph.input, graph.initializer):
+        kept = [entry for entry in kind if entry.name not in values]
+        del kind[:]
+        kind.extend(kept)
+    graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in values.items())
+    return changed
 
 
 class Prepared(BackendRep):

@@ -17,6 +17,7 @@ import onnx
 from onnx import helper, inliner, numpy_helper, version_converter
 
 from sparsec.errors import ModelError, UnsupportedError
+from sparsec.functions import function_body
 from sparsec.passes.import_qoperator import IMPORTED
 
 OPSET = 21  # what passes and lowering see; ONNX Runtime >= 1.20 runs it
@@ -28,8 +29,8 @@ DEPTH = 8  # function bodies within function bodies
 
 # What neither passes nor kernels know as one operator, and ONNX defines by others.
 INLINED = frozenset({
-    "AffineGrid", "Attention", "Bernoulli", "CausalConvWithState", "CenterCropPad", "DynamicQuantizeLinear", "GroupNormalization",
-    "LinearAttention", "NegativeLogLikelihoodLoss", "RMSNormalization",
+    "Attention", "Bernoulli", "CausalConvWithState", "CenterCropPad", "DynamicQuantizeLinear", "GroupNormalization",
+    "LinearAttention", "MeanVarianceNormalization", "NegativeLogLikelihoodLoss", "RMSNormalization",
     "RotaryEmbedding", "SoftmaxCrossEntropyLoss", "Swish",
 })  # fmt: skip
 
@@ -57,6 +58,7 @@ def inline_functions(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
     ]
     if problems:
         raise UnsupportedError(f"only standard ONNX operators are supported: {listed(problems)}", where)
+    _write_defaults(proto)
     for _ in range(DEPTH):
         found = sorted({node.op_type for node in all_nodes(proto.graph)} & INLINED)
         if not found:
@@ -64,11 +66,45 @@ def inline_functions(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
         before = sum(1 for _ in all_nodes(proto.graph))
         try:
             proto = inliner.inline_selected_functions(proto, [("", op) for op in found], inline_schema_functions=True)
-        except Exception as error:
-            raise UnsupportedError(f"{', '.join(found)} cannot be expanded: {_line(error)}", where) from error
+        except Exception as error:  # ONNX's inliner fails where an input is left out
+            if not _inline_bodies(proto):
+                raise UnsupportedError(f"{', '.join(found)} cannot be expanded: {_line(error)}", where) from error
         if sum(1 for _ in all_nodes(proto.graph)) == before:
             break
     return proto
+
+
+def _write_defaults(proto: onnx.ModelProto) -> None:
+    """Give nodes the attributes that they leave out, where ONNX forgets that they have a default.
+
+    Its inliner leaves them out in the bodies of `INLINED`; its shape inference takes onesided of STFT for 0.
+    """
+    version = max((o.version for o in proto.opset_import if o.domain in STANDARD_DOMAINS), default=1)
+    for node in all_nodes(proto.graph):
+        if node.op_type in {*INLINED, "STFT"} and node.domain in STANDARD_DOMAINS:
+            schema: Any = onnx.defs.get_schema(node.op_type, version, "")
+            given = {a.name for a in node.attribute}
+            defaults = [a.default_value for name, a in schema.attributes.items() if name not in given]
+            if schema.has_function or node.op_type == "STFT":
+                node.attribute.extend(default for default in defaults if default.name)
+
+
+def _inline_bodies(proto: onnx.ModelProto) -> bool:
+    """Replace the nodes of `INLINED` in the main graph, in place, where the types of their inputs are known."""
+    version = max((o.version for o in proto.opset_import if o.domain in STANDARD_DOMAINS), default=1)
+    graph = onnx.shape_inference.infer_shapes(proto).graph
+    types = {v.name: v.type for v in (*graph.input, *graph.value_info, *graph.output)}
+    types.update({t.name: helper.make_tensor_type_proto(t.data_type, t.dims) for t in graph.initializer})
+    result: list[onnx.NodeProto] = []
+    for node in proto.graph.node:
+        known = all(name in types for name in node.input if name)
+        given = [types[name].SerializeToString() if name else b"" for name in node.input] if known else None
+        body = function_body(node, version, given) if node.op_type in INLINED else None
+        result.extend([node] if body is None else body)
+    changed = len(result) != len(proto.graph.node)
+    del proto.graph.node[:]
+    proto.graph.node.extend(result)
+    return changed
 
 
 def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

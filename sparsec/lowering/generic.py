@@ -204,7 +204,10 @@ class _Region:
         self._by_content: dict[tuple[str, tuple[int, ...], bytes], str] = {}
 
     def add(self, group: list[onnx_ir.Node]) -> list[str]:
-        """Append the steps of `group`; returns the reasons why not, one a node."""
+        """Append the steps of `group`; returns the reasons why not, one a node. Values without elements need none."""
+        group = [node for node in group if any(0 not in _shape(v) for v in node.outputs if v.name)]
+        if not group:
+            return []
         try:
             self._lower(group, fuse=True)
             return []
@@ -241,7 +244,7 @@ class _Region:
     def _nests(self, call: _Call) -> tuple[list[Nest], dict[str, tuple[tuple[int, ...], str]]]:
         try:
             return split_nests(call.func, self.machine.lanes)
-        except (RuntimeError, ValueError) as error:  # TVM's InternalError is a RuntimeError
+        except (RuntimeError, ValueError, TypeError) as error:  # TVM's InternalError is a RuntimeError
             raise _Refused(_last_line(error)) from error
 
     def _step(
