@@ -31,6 +31,7 @@ BUILT_IN = {
     "adb": "sparsec.runtimes.adb:Adb",
     "ssh": "sparsec.runtimes.ssh:Ssh",
     "node": "sparsec.runtimes.node:Node",
+    "chromium": "sparsec.runtimes.chromium:Chromium",
     "ort": "sparsec.runtimes.ort:Ort",
 }
 

@@ -1,4 +1,4 @@
-"""`node`: WebAssembly artifacts in Node, through their own model.js, in a process that `web/runner.mjs` describes."""
+"""`node`: WebAssembly artifacts in Node, through their own model.js, in a process of its own (`js/runner.mjs`)."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ import shutil
 import struct
 import subprocess
 from importlib import resources
-from typing import Any
-
-import numpy as np
 
 from sparsec.errors import ArtifactError, RuntimeUnavailable
-from sparsec.runtimes.base import Arrays, Compiled, Runtime, Session, Stats
-from sparsec.runtimes.batch import decode, encode, tensor_bytes
+from sparsec.runtimes.base import Compiled, Runtime
+from sparsec.runtimes.web import WebSession, check_target, unpack
 
 OLDEST = 18  # Node releases below lack what model.js and the runner use
 RELAXED = 22  # from here on relaxed SIMD needs no option
-_LONGEST = 1 << 28  # bytes of an answer's JSON
 
 
 def find_node() -> str | None:
@@ -29,53 +25,47 @@ def find_node() -> str | None:
 def _version(node: str) -> int:
     try:
         text = subprocess.run([node, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
-        found = re.match(r"v(\d+)\.", text)
     except (OSError, subprocess.SubprocessError) as error:
         raise RuntimeUnavailable(f"cannot be started: {error}", node) from error
+    found = re.match(r"v(\d+)\.", text)
     if found is None or int(found[1]) < OLDEST:
         raise RuntimeUnavailable(f"is {text.strip()!r}; Node {OLDEST} or newer is needed", node)
     return int(found[1])
 
 
-class NodeSession(Session):
-    """One Node process with the model open in it."""
+class NodeSession(WebSession):
+    """One Node process with the model open in it; messages through its standard streams."""
 
     def __init__(self, artifact: Compiled, node: str) -> None:
-        self._artifact = artifact
-        self._where = str(artifact.path)
-        self._memory: int | None = None
-        options = []
-        if "relaxed-simd" in artifact.manifest["features"] and _version(node) < RELAXED:
-            options.append("--experimental-wasm-relaxed-simd")
-        with resources.as_file(resources.files("sparsec.runtimes.web").joinpath("runner.mjs")) as runner:
-            command = [node, *options, str(runner), str(artifact.path.resolve())]
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-            )
-            try:
-                self._receive()
-            except BaseException:
-                self.close()
-                raise
+        super().__init__(artifact)
+        options = ["--experimental-wasm-relaxed-simd"] if self._relaxed(node) else []
+        folder = resources.files("sparsec.runtimes.js")
+        command = [node, *options, str(folder.joinpath("runner.mjs")), str(artifact.path.resolve())]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+        try:
+            unpack(self._receive(), self._where)
+        except BaseException:
+            self.close()
+            raise
 
-    def _ask(self, request: dict[str, Any], payload: bytes = b"") -> tuple[dict[str, Any], bytes]:
-        text = json.dumps(request).encode()
+    def _relaxed(self, node: str) -> bool:
+        """Whether Node has to be told to allow what the artifact needs."""
+        return _version(node) < RELAXED and "relaxed-simd" in self._artifact.manifest["features"]
+
+    def _ask(self, message: bytes) -> bytes:
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(struct.pack("<I", len(text)) + text + payload)
+            self._process.stdin.write(message)
             self._process.stdin.flush()
         except OSError as error:
             raise ArtifactError(f"Node ended: {self._last_words()}", self._where) from error
         return self._receive()
 
-    def _receive(self) -> tuple[dict[str, Any], bytes]:
-        (size,) = struct.unpack("<I", self._read(4))
-        if size > _LONGEST:
-            raise ArtifactError(f"Node answers with {size} bytes of text", self._where)
-        answer: dict[str, Any] = json.loads(self._read(size))
-        if "error" in answer:
-            raise ArtifactError(str(answer["error"]), self._where)
-        return answer, self._read(int(answer.get("bytes", 0)))
+    def _receive(self) -> bytes:
+        size = self._read(4)
+        header = self._read(struct.unpack("<I", size)[0])
+        return size + header + self._read(int(json.loads(header).get("bytes", 0)))
 
     def _read(self, count: int) -> bytes:
         assert self._process.stdout is not None
@@ -88,24 +78,6 @@ class NodeSession(Session):
         _, err = self._process.communicate()
         lines = [line for line in err.decode(errors="replace").splitlines() if "Error" in line]
         return lines[0] if lines else f"exit code {self._process.returncode}"
-
-    def run(self, inputs: Arrays) -> Arrays:
-        specs, outputs = self._artifact.inputs, self._artifact.outputs
-        payload = encode(inputs, specs)
-        _, raw = self._ask({"op": "run", "bytes": len(payload)}, payload)
-        if len(raw) != tensor_bytes(outputs):
-            raise ArtifactError(f"Node answers with {len(raw)} bytes, expected {tensor_bytes(outputs)}", self._where)
-        return decode(raw, outputs)
-
-    def time(self, inputs: Arrays, runs: int, warmup: int = 1) -> Stats:
-        self.run(inputs)
-        answer, _ = self._ask({"op": "time", "runs": runs, "warmup": warmup})
-        self._memory = int(answer["memory"])
-        return Stats.of(np.asarray(answer["seconds"], np.float64).tolist(), self._memory)
-
-    def peak_bytes(self) -> int | None:
-        """The size of the module's memory, weights and activations included."""
-        return self._memory
 
     def close(self) -> None:
         if self._process.stdin is not None and not self._process.stdin.closed:
@@ -126,11 +98,7 @@ class Node(Runtime):
     name = "node"
 
     def open(self, artifact: Compiled, threads: int | None = None) -> NodeSession:
-        target = artifact.manifest["target"]
-        if target["arch"] != "wasm32":
-            raise RuntimeUnavailable(f"the artifact is for {target['arch']}, not wasm32", str(artifact.path))
-        if threads is not None and threads > 1:
-            raise RuntimeUnavailable(f"a WebAssembly artifact runs on one thread, got {threads}", str(artifact.path))
+        check_target(artifact, threads)
         node = find_node()
         if node is None:
             raise RuntimeUnavailable(f"Node {OLDEST} or newer is not installed: apt-get install nodejs", "node")

@@ -1,7 +1,7 @@
 """Program -> model.wasm, model.js, model.d.ts, weights.bin: what an artifact for browsers and Node holds.
 
 The module is the C runtime, the generated table and the kernels, linked against wasi-libc for `malloc` and the functions
-of math.h. It imports nothing: weights and tensors are put into its memory by model.js (`runtimes/web/model.js`), which is
+of math.h. It imports nothing: weights and tensors are put into its memory by model.js (`runtimes/js/model.js`), which is
 the same file for every model and reads names, shapes and types from manifest.json.
 """
 
@@ -65,7 +65,7 @@ def build_wasm(
     ]
     run_zig(command, work)
     (directory / "model.wasm").write_bytes((work / "model.wasm").read_bytes())
-    (directory / "model.js").write_bytes(resources.files("sparsec.runtimes.web").joinpath("model.js").read_bytes())
+    (directory / "model.js").write_bytes(resources.files("sparsec.runtimes.js").joinpath("model.js").read_bytes())
     (directory / "model.d.ts").write_text(declarations(program), encoding="utf-8")
 
 
@@ -76,7 +76,7 @@ def declarations(program: Program) -> str:
         lines = [f"  /** {_comment(t)} */\n  {json.dumps(t.name)}: {ARRAYS[t.dtype]};" for t in tensors]
         return "\n".join(lines)
 
-    head = resources.files("sparsec.runtimes.web").joinpath("model.d.ts").read_text(encoding="utf-8")
+    head = resources.files("sparsec.runtimes.js").joinpath("model.d.ts").read_text(encoding="utf-8")
     sides = (("Inputs", program.inputs), ("Outputs", program.outputs))
     return "\n".join(f"export interface {name} {{\n{fields(tuple(tensors))}\n}}\n" for name, tensors in sides) + head
 

@@ -19,6 +19,7 @@ import click
 from sparsec.cli.compiling import compile_verb, rewrite_verb
 from sparsec.cli.listings import kernels_verb, models_verb, passes_verb, targets_verb
 from sparsec.cli.masks import mask_verb, soup_verb
+from sparsec.cli.serving import serve_verb
 from sparsec.cli.tuning import tune_verb
 from sparsec.cli.using import bench_verb, inspect_verb, run_verb, verify_verb
 from sparsec.errors import SparsecError, UsageError
@@ -34,6 +35,7 @@ VERBS: tuple[click.Command, ...] = (
     mask_verb,
     soup_verb,
     run_verb,
+    serve_verb,
     models_verb,
     passes_verb,
     targets_verb,
