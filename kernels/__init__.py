@@ -18,6 +18,8 @@ FAMILIES = (
     "weight_only",
     "pool",
     "elementwise",
+    "elementwise_int8",
+    "lookup_int8",
     "normalize",
 )
 

@@ -14,6 +14,12 @@ from sparsec.lowering.rules.normalization import take_layernorm, take_softmax
 from sparsec.lowering.rules.pooling import take_global_pool, take_pool
 from sparsec.lowering.rules.product import take_gemm, take_matmul
 from sparsec.lowering.rules.quantized_conv import take_quantized_conv
+from sparsec.lowering.rules.quantized_elementwise import (
+    take_dequantize,
+    take_lookup,
+    take_quantize,
+    take_quantized_binary,
+)
 from sparsec.lowering.rules.quantized_product import take_quantized_product
 from sparsec.lowering.rules.views import take_concat, take_split, take_view
 
@@ -23,6 +29,10 @@ RULES: tuple[Rule, ...] = (
     take_concat,
     take_quantized_conv,
     take_quantized_product,
+    take_lookup,
+    take_quantized_binary,
+    take_quantize,
+    take_dequantize,
     take_conv,
     take_gemm,
     take_matmul,

@@ -88,12 +88,16 @@ def emit_simple(
     weight: np.ndarray | None = None,
     structure: str = "",
     candidates: tuple[Candidate, ...] = (),
+    element: str | None = None,
 ) -> Emitter:
-    """The emitter of a group that is one kernel call: `inputs` by role, the group's output as role "y"."""
+    """The emitter of a group that is one kernel call: `inputs` by role, the group's output as role "y".
+
+    `element`: how the kernel holds float32 values, by default as the machine does.
+    """
 
     def emit(calls: Calls) -> None:
-        bound = {role: declare(calls, value) for role, value in inputs.items()}
-        bound["y"] = declare(calls, group.output)
+        bound = {role: declare(calls, value, element) for role, value in inputs.items()}
+        bound["y"] = declare(calls, group.output, element)
         calls.emit(call, bound, ("y",), node_names(group), group.name)
         record(
             calls, group, call.name, reason,

@@ -1,0 +1,192 @@
+"""Elementwise layers between integers on the graph: what is fused, what is left, and ONNX Runtime on the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from programs import onnx_runtime, parse, run_program
+
+from sparsec.loading import load_model, model_bytes
+from sparsec.lowering import lower
+from sparsec.program import Program
+from sparsec.runtimes.emulated import find_emulator
+from sparsec.targets import find_target, with_precision
+
+CONSTANTS = """<float s = {0.05}, uint8 z = {131}, float t = {0.021}, int8 n = {-7}, float u = {0.004}, uint8 o = {0},
+    float half = {0.5}, float three = {3}, float six = {6}, float zero = {0}, float sixth = {0.16666667}"""
+QUANT = ("QuantizeLinear", "DequantizeLinear")
+
+
+def graph(inputs: str, outputs: str, nodes: str, constants: str = "") -> onnx.ModelProto:
+    """Q(x, s, z) and D(q, s, z) stand for the quantizing operators."""
+    for short, name in zip("QD", QUANT, strict=True):
+        nodes = nodes.replace(f" {short}(", f" {name}(").replace(f" {short}<", f" {name}<")
+    return parse(f"g ({inputs}) => ({outputs}) {CONSTANTS}{constants}> {{ {nodes} }}")
+
+
+def feeds_of(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    """Every byte, over and over, in an order of its own for each input; floats around a few hundred steps."""
+    rng, feeds = np.random.default_rng(7), {}
+    for value in model.graph.input:
+        shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        count = int(np.prod(shape))
+        if dtype == np.float32:
+            feeds[value.name] = (10 * rng.standard_normal(shape)).astype(dtype)
+        else:
+            order = np.concatenate([rng.permutation(256) for _ in range(-(-count // 256))])[:count]
+            feeds[value.name] = order.astype(np.uint8).view(dtype).reshape(shape)
+    return feeds
+
+
+def optimized(model: bytes, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What ONNX Runtime computes with its own fusions, QLinearAdd and so on."""
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+
+def check(model: onnx.ModelProto, exact: bool = False) -> Program:
+    """Lowered and run for the host: within one step of ONNX Runtime with and without its fusions; `exact`: equal without.
+
+    Floats that are dequantized in the end are compared in steps of 0.05, the scale `s`.
+    """
+    loaded = load_model(model)
+    program, feeds = lower(loaded, find_target("host")), feeds_of(model)
+    data, results = model_bytes(loaded), run_program(program, feeds)
+    for run in (onnx_runtime, optimized):
+        for name, value in run(data, feeds).items():
+            assert results[name].dtype == value.dtype
+            step = 1 if value.dtype != np.float32 else 0.05
+            off = np.abs(results[name].astype(np.float64) - value.astype(np.float64)) / step
+            assert off.max() <= 1.001 and np.mean(off > 0.001) < 0.02, (name, run.__name__, off.max(), np.mean(off > 0))
+            if exact and run is onnx_runtime:
+                np.testing.assert_array_equal(results[name], value)
+    return program
+
+
+def kernels(program: Program) -> list[tuple[str, str]]:
+    """(operators, kernel without its shape) of each layer; every one is a kernel of our own."""
+    assert all(layer.route == "native" for layer in program.layers), [(x.op, x.reason) for x in program.layers]
+    return [(layer.op, layer.kernel.rpartition("_")[0]) for layer in program.layers]
+
+
+CHAINS = {
+    "sigmoid": "r = Sigmoid(x)",
+    "hardswish": "r = HardSwish(x)",
+    "clip": "r = Clip(x, zero, six)",
+    "leaky relu": "r = LeakyRelu<alpha=0.1>(x)",
+    "gelu": "r = Gelu(x)",
+    "exp of a part": "a = Mul(x, half)  r = Exp(a)",
+    "hardswish in parts": "a = Add(x, three)  b = Clip(a, zero, six)  c = Mul(x, b)  r = Mul(c, sixth)",
+    "silu": "a = Sigmoid(x)  r = Mul(x, a)",
+    "silu, quantized inside": "a = Sigmoid(x)  b = Q(a, u, o)  c = D(b, u, o)  r = Mul(x, c)",
+    "two of one": "a = Relu(x)  b = Tanh(x)  r = Sub(a, b)",
+    "a number divided": "a = Sub(half, x)  b = Abs(a)  c = Add(b, half)  r = Div(six, c)",
+    "chosen": "a = Less(x, half)  b = Neg(x)  r = Where(a, b, x)",
+    "itself twice": "r = Add(x, x)",
+    "nothing but other numbers": "r = Identity(x)",
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_chains_are_tables(name):
+    model = graph("uint8[2,3,11,9] q", "int8[2,3,11,9] y", f"x = D(q, s, z)  {CHAINS[name]}  y = Q(r, t, n)")
+    ((op, kernel),) = kernels(check(model, exact=True))
+    assert kernel == "lookup_uint8"
+    assert op.endswith("QuantizeLinear")
+
+
+def test_what_is_read_elsewhere_ends_a_table():
+    model = graph(
+        "int8[1,2,16,9] q", "uint8[1,2,16,9] y, uint8[1,2,16,9] b, float[1,2,16,9] r",
+        "x = D(q, t, n)  a = Sigmoid(x)  b = Q(a, u, o)  c = D(b, u, o)  d = Mul(x, c)  y = Q(d, s, z)  e = Neg(x)  r = Exp(e)",
+    )  # fmt: skip
+    program = lower(load_model(model), find_target("host"))
+    ops = {layer.op: layer.kernel.partition("_")[0] for layer in program.layers}
+    assert ops["Sigmoid+QuantizeLinear"] == "lookup"  # b is an output
+    assert ops["Mul+QuantizeLinear"] == "mul"
+    assert ops["DequantizeLinear"] == "dequantize"  # once, for Neg; Sigmoid and Mul read past it
+
+
+BINARY = {
+    "same": ("uint8[2,3,8,9] a, int8[2,3,8,9] b", "Add"),
+    "channel": ("uint8[2,3,8,9] a, int8[2,3,1,1] b", "Mul"),
+    "wide side second": ("int8[5,1,1] b, uint8[2,5,8,9] a", "Sub"),
+    "row": ("uint8[4,70] a, int8[70] b", "Sub"),
+    "scalar": ("uint8[4,70] a, int8[1] b", "Div"),
+    "quotients": ("int8[1] b, uint8[4,70] a", "Div"),
+}
+
+
+@pytest.mark.parametrize("activation", ["", "Relu"])
+@pytest.mark.parametrize("name", BINARY)
+def test_two_tensors(name, activation):
+    inputs, op = BINARY[name]
+    first, second = (part.split()[1] for part in inputs.split(", "))
+    shape = next(part.split("[")[1].split("]")[0] for part in inputs.split(", ") if part.endswith(" a"))
+    left, right = (f"x{first}", f"x{second}")
+    nodes = f"xa = D(a, s, z)  xb = D(b, t, n)  c = {op}({left}, {right})"
+    nodes += "  d = Relu(c)  y = Q(d, t, n)" if activation else "  y = Q(c, t, n)"
+    ((fused, kernel),) = kernels(check(graph(inputs, f"int8[{shape}] y", nodes)))
+    assert fused == "+".join([op, *([activation] if activation else []), "QuantizeLinear"])
+    assert kernel.startswith(f"{op.lower()}_int8_")
+
+
+def test_a_constant_side():
+    numbers = ", ".join(str(n) for n in (-128, -7, 0, 1, 90, 127))
+    nodes = "xa = D(a, s, z)  xb = D(k, t, n)  c = Mul(xa, xb)  y = Q(c, s, z)"
+    model = graph("uint8[2,6,5,5] a", "uint8[2,6,5,5] y", nodes, f", int8[6,1,1] k = {{{numbers}}}")
+    assert kernels(check(model)) == [("Mul+QuantizeLinear", "mul_int8_channel")]
+
+
+def test_no_kernel_takes_what_broadcasts_otherwise():
+    model = graph(
+        "uint8[2,1,3] a, uint8[2,4,1] b", "uint8[2,4,3] y",
+        "xa = D(a, s, z)  xb = D(b, s, z)  c = Add(xa, xb)  y = Q(c, t, o)",
+    )  # fmt: skip
+    program = check(model)
+    assert {layer.op: layer.route for layer in program.layers}["Add"] == "generic"
+    assert sum(layer.op == "DequantizeLinear" for layer in program.layers) == 2
+
+
+@pytest.mark.parametrize("precision", ["f32", "f16"])
+def test_into_and_out_of_integers(precision):
+    """With f16, floats beside quantized layers are still quantized from, and made, in float32."""
+    if precision == "f16" and not find_emulator():
+        pytest.skip("no emulator of Arm, where float16 is")
+    target = with_precision(find_target("arm" if precision == "f16" else "host"), precision)
+    nodes = "q = Q(x, s, z)  y = D(q, s, z)  r = Tanh(y)"
+    model = graph("float[1,3,37] x", "uint8[1,3,37] q, float[1,3,37] y, float[1,3,37] r", nodes)
+    program = lower(load_model(model), target)
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {name for name, _ in kernels(program)}
+    feeds = feeds_of(model)
+    expected, found = onnx_runtime(model.SerializeToString(), feeds), run_program(program, feeds)
+    for name in "qy":
+        np.testing.assert_array_equal(found[name], expected[name])
+    np.testing.assert_allclose(found["r"], expected["r"], atol=2e-3 if precision == "f16" else 1e-6)
+
+
+def test_a_scale_for_each_channel_stays_generic():
+    constants = ", float[3] sc = {0.1, 0.2, 0.3}, uint8[3] zc = {0, 1, 2}"
+    (layer,) = check(graph("float[1,3,37] x", "uint8[1,3,37] q", "q = Q<axis=1>(x, sc, zc)", constants)).layers
+    assert layer.route == "generic"
+    assert "one constant scale" in layer.reason
+
+
+def test_softmax_between_integers():
+    """Softmax stays in float32, between kernels that quantize."""
+    nodes = "x = D(q, s, z)  r = Softmax(x)  y = Q(r, u, o)"
+    found = kernels(check(graph("uint8[5,77] q", "uint8[5,77] y", nodes)))
+    assert [name for name, _ in found] == ["DequantizeLinear", "Softmax", "QuantizeLinear"]
+
+
+def test_squeeze_and_excite():
+    """The gate of a block: a table on one element a channel, then a product by channels."""
+    nodes = """x = D(q, s, z)  g = D(p, t, n)  a = HardSigmoid(g)  b = Q(a, u, o)  c = D(b, u, o)  d = Mul(x, c)  y = Q(d, s, z)"""
+    found = kernels(check(graph("uint8[1,20,7,7] q, int8[1,20,1,1] p", "uint8[1,20,7,7] y", nodes)))
+    assert [kernel for _, kernel in found] == ["lookup_int8", "mul_int8_channel"]
