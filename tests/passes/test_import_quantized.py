@@ -106,6 +106,7 @@ def test_import_keeps_every_bit_in_onnx_runtime(quantized: Path) -> None:
     assert all(len(node.inputs) == 3 for node in loaded.graph if node.op_type.lower().endswith("quantizelinear"))
 
 
+@pytest.mark.parametrize("quantized", [SETTINGS[1], SETTINGS[2], SETTINGS[5]], indirect=True, ids=str)
 def test_compiles_and_agrees(quantized: Path) -> None:
     artifact = sparsec.compile(quantized, target="host")
     (parity,) = artifact.verify().parity
@@ -126,6 +127,7 @@ def test_float_models_have_no_steps() -> None:
     assert rounding(model_bytes(load_model(network()))) is None
 
 
+@pytest.mark.parametrize("quantized", SETTINGS[:1], indirect=True, ids=str)
 def test_a_wrong_bias_fails(quantized: Path, tmp_path: Path) -> None:
     """The reference is model.onnx in the artifact: a shifted bias there is a difference that rounding does not explain."""
     artifact = sparsec.compile(quantized, target="host", output=tmp_path / "m.sparsec")
