@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparsec.data import Images, InputSpec
+from sparsec.data import Images, InputSpec, Quantization
 from sparsec.errors import ArtifactError, BuildError, SparsecError, UsageError
 from sparsec.targets import container
 
@@ -213,7 +213,7 @@ def write_artifact(
 
     May be called again on the same directory once `parity` (`Verification.record()`) is known.
     """
-    from sparsec.inspection import report
+    from sparsec.inspection import port_row, report
 
     (directory / "model.onnx").write_bytes(model_bytes)
     sizes = {
@@ -228,8 +228,8 @@ def write_artifact(
         "name": program.name,
         "target": {key: getattr(target, key) for key in ("name", "cpu", "arch", "os", "runtime", "precision")},
         "features": list(target.features),
-        "inputs": [_tensor(t) for t in program.inputs],
-        "outputs": [_tensor(t) for t in program.outputs],
+        "inputs": [port_row(t) for t in program.inputs],
+        "outputs": [port_row(t) for t in program.outputs],
         "arena_bytes": program.arena_bytes,
         "scratch_bytes": program.scratch_bytes,
         "weights_bytes": program.weights_bytes,
@@ -251,10 +251,6 @@ def write_artifact(
     check_manifest(manifest, directory)
     (directory / MANIFEST).write_text(dump_json(manifest), encoding="utf-8")
     return manifest
-
-
-def _tensor(tensor: Any) -> dict[str, Any]:
-    return {"name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype, "quantization": None}
 
 
 def _names(arch: str, embed_weights: bool) -> tuple[str, ...]:
@@ -392,6 +388,14 @@ def _check_signature(c: _Checker, tensors: list[Any], side: str) -> None:
             raise c.fail(f"{key}.shape", "at most 2**36 elements", dims)
         if entry.get("dtype") not in DTYPES:
             raise c.fail(f"{key}.dtype", f"one of {', '.join(sorted(DTYPES))}", entry.get("dtype"))
+        if entry.get("quantization") is not None:
+            meaning = c.table(entry["quantization"], f"{key}.quantization")
+            if entry["dtype"] not in ("int8", "uint8") or set(meaning) != {"scale", "zero_point"}:
+                raise c.fail(f"{key}.quantization", "scale and zero_point of an 8-bit tensor", meaning)
+            if not c.real(meaning["scale"], f"{key}.quantization.scale"):
+                raise c.fail(f"{key}.quantization.scale", "a number above 0", meaning["scale"])
+            limits = np.iinfo(entry["dtype"])
+            c.number(meaning["zero_point"], f"{key}.quantization.zero_point", int(limits.min), int(limits.max))
     if len(set(names)) != len(names) or (side == "outputs" and not names):
         raise c.fail(side, "distinct names, at least one output", names)
 
@@ -469,11 +473,22 @@ class Artifact:
         code = files[code_file(self.manifest["target"]["arch"])]["bytes"]
         return {"weights": weights, "code": code, "onnx": files["model.onnx"]["bytes"]}
 
+    def quantize(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """`inputs` as `run` takes them: floats for an 8-bit input become its integers, all else stays as it is."""
+        ports = {spec.name: spec for spec in self.inputs}
+        return {name: ports[name].stored(np.asarray(a)) if name in ports else a for name, a in inputs.items()}
+
+    def dequantize(self, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What `run` gave as real numbers: an 8-bit output becomes float32, all else stays as it is."""
+        ports = {spec.name: spec for spec in self.outputs}
+        return {name: ports[name].real(np.asarray(a)) if name in ports else a for name, a in outputs.items()}
+
     def run(
         self, inputs: Mapping[str, np.ndarray], runtime: str | None = None, threads: int | None = None
     ) -> dict[str, np.ndarray]:
         """Outputs of one sample, on the artifact's own runtime unless `runtime` names another.
 
+        Arrays have the ports' types; `quantize` and `dequantize` lie between those of 8 bits and real numbers.
         Raises DataError if an input is missing or of another shape, RuntimeUnavailable if the runtime is not here.
         """
         from sparsec.data import check_inputs
@@ -505,4 +520,8 @@ class Artifact:
 
 
 def _specs(tensors: list[dict[str, Any]]) -> tuple[InputSpec, ...]:
-    return tuple(InputSpec(t["name"], tuple(t["shape"]), t["dtype"]) for t in tensors)
+    return tuple(InputSpec(t["name"], tuple(t["shape"]), t["dtype"], _meaning(t["quantization"])) for t in tensors)
+
+
+def _meaning(entry: dict[str, Any] | None) -> Quantization | None:
+    return None if entry is None else Quantization(float(entry["scale"]), int(entry["zero_point"]))

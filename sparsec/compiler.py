@@ -32,18 +32,20 @@ from sparsec.limits import DEFAULT, Limits
 from sparsec.loading import load_model, model_bytes
 from sparsec.lowering import lower
 from sparsec.lowering.predict import layer_price
+from sparsec.passes.quantized_ports import QuantizedPorts, port_quantization
 from sparsec.passes_api import resolve_passes
 from sparsec.pipeline import run_passes
 from sparsec.program import Program
 from sparsec.recipe import Recipe, load_recipe
 from sparsec.targets import Target, find_target, missing_features, with_precision
-from sparsec.tolerance import tolerances
+from sparsec.tolerance import floors, for_sample, tolerances
 from sparsec.tuning import Lookup, read_tuning
 from sparsec.verify import parity_sample, rounding_tolerances, verify
 
 Model = str | _os.PathLike[str] | bytes | onnx.ModelProto | ir.Model
 Calibration = str | Path | Mapping[str, np.ndarray] | Images
 Progress = Callable[[str], None]
+IO = ("float", "quantized")  # what inputs and outputs of an artifact may be
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def compile(
     plugins: Sequence[str | _os.PathLike[str]] = (),
     dump: str | _os.PathLike[str] | None = None,
     embed_weights: bool = False,
+    io: str = "float",
     preprocess: str | None = None,
     tuning: str | _os.PathLike[str] | None = None,
     budget: str | None = None,
@@ -89,7 +92,9 @@ def compile(
     precision: "f32", or "f16" on CPUs with float16 arithmetic: layers store and compute in it, inputs and outputs stay
     float32. shapes: input name to full shape. bind: inputs fixed to a constant. threads: the artifact's default. output: the
     artifact if it ends in ".sparsec", else the folder for it; without it the artifact lives in a temporary directory that
-    goes with the object. tuning: a file that `sparsec tune` made, asked before the cost model. budget: "accuracy=1%" or
+    goes with the object. io: "float" leaves inputs and outputs as the model has them, "quantized" makes 8-bit ones of those
+    that it quantizes at once (`sparsec.passes.quantized_ports`); which stay float is noted, a UsageError if all would.
+    tuning: a file that `sparsec tune` made, asked before the cost model. budget: "accuracy=1%" or
     "speedup=2x" chooses the pruning (`sparsec.budget`; needs calibration); budget_data, with labels or without, measures
     the drop in the place of a part of the calibration data. limits: what the model may cost to read.
     Raises a `SparsecError`; then nothing is left behind.
@@ -97,6 +102,8 @@ def compile(
     say = progress or (lambda text: None)
     if threads < 1 or threads > 256:
         raise UsageError(f"expected 1 to 256 threads, got {threads}", "--threads")
+    if io not in IO:
+        raise UsageError(f"expected {' or '.join(IO)}, got {io!r}", "--io")
     chosen = _recipe(recipe)
     machine = target if isinstance(target, Target) else find_target(target or chosen.target or "host", cpu, os)
     machine = with_precision(machine, precision)
@@ -115,7 +122,7 @@ def compile(
     with _destination(output, name, overwrite) as (directory, finish):
         say("loading")
         rewritten = _rewrite(
-            model, passes, chosen, calibration, shapes, bind, plugins, dump, preprocess, say, machine, limits, fit
+            model, passes, chosen, calibration, shapes, bind, plugins, dump, preprocess, say, machine, limits, fit, io
         )
         data = model_bytes(rewritten.model)
         say("lowering")
@@ -124,12 +131,15 @@ def compile(
         build(program, directory, name=name, threads=threads, embed_weights=embed_weights, progress=say)
         say("packing")
         allowed = tolerances(rewritten.model, machine)
-        inputs = [InputSpec(t.name, t.shape, t.dtype) for t in program.inputs]
+        inputs = [InputSpec(t.name, t.shape, t.dtype, t.quantization) for t in program.inputs]
         sample, expected = parity_sample(data, inputs, rewritten.calibration)
         allowed.update(rounding_tolerances(data, inputs, sample, expected))
-        (directory / "parity.bin").write_bytes(
-            pack_parity(sample, expected, [allowed[t.name] for t in program.outputs])
-        )
+        lowest = floors(rewritten.model)
+        here = [
+            for_sample(allowed[t.name], lowest.get(t.name, 0.0), y)
+            for t, y in zip(program.outputs, expected, strict=True)
+        ]
+        (directory / "parity.bin").write_bytes(pack_parity(sample, expected, here))
         facts = Facts(
             digests={**rewritten.digests, "tuning": choices.tuning.digest if choices is not None else None},
             tolerances=allowed,
@@ -186,7 +196,7 @@ def _recipe(recipe: Any) -> Recipe:
 def _rewrite(
     model: Model, passes: Iterable[Any], recipe: Recipe, calibration: Calibration | None, shapes: Any, bind: Any,
     plugins: Any, dump: Any, preprocess: str | None, say: Progress, target: Target | None,
-    limits: Limits, fit: Any = None,
+    limits: Limits, fit: Any = None, io: str = "float",
 ) -> Rewritten:  # fmt: skip
     notes: list[str] = []
     steps = resolve_passes(passes, recipe, plugins)  # a wrong pass is said before the model is read
@@ -209,12 +219,29 @@ def _rewrite(
         price=layer_price(target) if target is not None else None,
     )  # fmt: skip
     document = {**recipe.document(), "passes": [{"name": r["name"], "options": r.get("options", {})} for r in records]}
+    if io == "quantized":
+        changed = _quantize_ports(changed, notes, dump, len(records))
+        document["io"] = io
     digests = {
         "model": origin,
         "recipe": hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest(),
         "calibration": data.digest if data is not None else None,
     }
     return Rewritten(changed, tuple(records), tuple(notes), digests, data)
+
+
+def _quantize_ports(model: ir.Model, notes: list[str], dump: Any, passes: int) -> ir.Model:
+    """`model` with 8-bit inputs and outputs where it quantizes them; `notes` receives those that stay float."""
+    changed, (record,) = run_passes(model, [QuantizedPorts()])
+    (found,) = record["details"]
+    meant = [port_quantization(value) for value in (*changed.graph.inputs, *changed.graph.outputs)]
+    if not any(meant):
+        text = f"the model quantizes no input or output: {'; '.join(found['float'][:4]) or 'none is float'}"
+        raise UsageError(f"{text}; quantize the model (--pass quantize), or leave this out", "--io quantized")
+    notes += [f"{text}: it stays float" for text in found["float"]]
+    if dump is not None:
+        (Path(dump) / f"{10 * (passes + 2)}-quantized-ports.onnx").write_bytes(model_bytes(changed))
+    return changed
 
 
 def _fit(

@@ -4,6 +4,8 @@ Rules. An `.npz` is keyed by input name and holds N preprocessed samples of the 
 the input's first dimension is 1, N replaces it, else N stands before it; a first axis of 1 serves every sample; a
 missing input is zeros; `label`, optional, is one integer a sample. A folder of images needs a preprocess spec; the
 label is the integer before the first `_` of the file name. Images are decoded one at a time. Nothing is unpickled.
+
+Samples come in the inputs' own types: for an input of 8 bits, floats are quantized; whole numbers are taken for stored ones.
 """
 
 from __future__ import annotations
@@ -28,12 +30,48 @@ MAX_PIXELS = 1 << 26  # 67 megapixels: more is a decompression bomb, not a calib
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """What whole numbers of 8 bits stand for: real = scale * (stored - zero_point)."""
+
+    scale: float  # a float32
+    zero_point: int
+
+    def __str__(self) -> str:
+        return f"real = {self.scale:.7g} * (stored - {self.zero_point})".replace("- -", "+ ")
+
+    def quantize(self, real: np.ndarray, dtype: str) -> np.ndarray:
+        """As ONNX's QuantizeLinear: divided in float32, rounded half to even, saturated. `dtype`: int8 or uint8.
+
+        >>> Quantization(0.5, 128).quantize(np.array([0.25, 0.75, 100.0]), "uint8")
+        array([128, 130, 255], dtype=uint8)
+        """
+        limits = np.iinfo(dtype)
+        steps = np.rint(np.asarray(real, np.float32) / np.float32(self.scale)).astype(np.float64) + self.zero_point
+        return np.clip(steps, limits.min, limits.max).astype(dtype)
+
+    def dequantize(self, stored: np.ndarray) -> np.ndarray:
+        """As ONNX's DequantizeLinear: float32."""
+        return (stored.astype(np.int32) - self.zero_point).astype(np.float32) * np.float32(self.scale)
+
+
+@dataclass(frozen=True)
 class InputSpec:
     """An input or output of a model: `dtype` is NumPy's name."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    quantization: Quantization | None = None
+
+    def stored(self, array: np.ndarray) -> np.ndarray:
+        """`array` as the port takes it: floats for an 8-bit port are quantized."""
+        if self.quantization is None or array.dtype.kind != "f":
+            return array
+        return self.quantization.quantize(array, self.dtype)
+
+    def real(self, array: np.ndarray) -> np.ndarray:
+        """The numbers that the port's `array` stands for: float32 where the port is quantized."""
+        return array if self.quantization is None or array.dtype.kind == "f" else self.quantization.dequantize(array)
 
 
 def input_spec(value: ir.Value) -> InputSpec:
@@ -54,6 +92,9 @@ class Data(Protocol):
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
+
+    def reals(self) -> Iterator[dict[str, np.ndarray]]:
+        """The same samples with real numbers for inputs of 8 bits: not quantized where they were given so."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +264,15 @@ class _ImageData:
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         spec = self._input
+        for sample in self.reals():
+            x = sample[spec.name]
+            if spec.quantization is None and np.dtype(spec.dtype).kind in "iu":
+                limits = np.iinfo(spec.dtype)
+                x = np.clip(np.rint(x), limits.min, limits.max)
+            yield {**self._rest, spec.name: spec.stored(x).astype(spec.dtype)}
+
+    def reals(self) -> Iterator[dict[str, np.ndarray]]:
+        spec = self._input
         for path in self._files:
             x = self._images.load(path)
             if x.size != int(np.prod(spec.shape)) or x.shape != tuple(spec.shape[-3:]):
@@ -230,10 +280,7 @@ class _ImageData:
                     f"input {spec.name!r} expects {list(spec.shape)}, the preprocessed image is {list(x.shape)};"
                     " check resize, crop, color and layout of --preprocess", str(path),
                 )  # fmt: skip
-            if np.dtype(spec.dtype).kind in "iu":
-                limits = np.iinfo(spec.dtype)
-                x = np.clip(np.rint(x), limits.min, limits.max)
-            yield {**self._rest, spec.name: x.reshape(spec.shape).astype(spec.dtype)}
+            yield {**self._rest, spec.name: x.reshape(spec.shape)}
 
 
 def _image_input(inputs: Sequence[InputSpec], images: Images) -> InputSpec:
@@ -284,15 +331,28 @@ class _ArrayData:
         return self._count
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        for given in self._given():
+            yield {s.name: np.asarray(s.stored(given[s.name]), dtype=s.dtype, order="C") for s in self._inputs}
+
+    def reals(self) -> Iterator[dict[str, np.ndarray]]:
+        for given in self._given():
+            yield {
+                s.name: np.asarray(s.real(given[s.name]), "float32" if s.quantization else s.dtype, order="C")
+                for s in self._inputs
+            }
+
+    def _given(self) -> Iterator[dict[str, np.ndarray]]:
+        """Samples in the types that they came in; zeros where nothing is given."""
         for i in range(self._count):
             sample = {}
             for spec in self._inputs:
                 array = self._arrays.get(spec.name)
-                if array is None:
-                    sample[spec.name] = np.zeros(spec.shape, spec.dtype)
-                else:
-                    one = array[i if len(array) > 1 else 0]
-                    sample[spec.name] = np.asarray(one.reshape(spec.shape), dtype=spec.dtype, order="C")
+                one = (
+                    np.zeros(spec.shape, "f" if spec.quantization else spec.dtype)
+                    if array is None
+                    else array[i if len(array) > 1 else 0]
+                )
+                sample[spec.name] = one.reshape(spec.shape)
             yield sample
 
 
@@ -308,6 +368,8 @@ def _samples(array: np.ndarray, spec: InputSpec, where: str) -> np.ndarray:
 
 def _check_dtype(array: np.ndarray, spec: InputSpec, where: str) -> None:
     wanted, got = np.dtype(spec.dtype), array.dtype
+    if spec.quantization is not None and got.kind == "f":
+        return
     integers = got.kind in "iu" and wanted.kind in "iu"
     if integers or (got.kind == wanted.kind == "f") or np.can_cast(got, wanted, "safe"):
         if integers and array.size:
@@ -343,6 +405,11 @@ def check_inputs(
         array = np.asarray(arrays[spec.name])
         if array.shape != tuple(spec.shape):
             raise DataError(f"input {spec.name!r} expects shape {list(spec.shape)}, got {list(array.shape)}", where)
+        if spec.quantization is not None and array.dtype.kind == "f":
+            text = (
+                f"input {spec.name!r} takes {spec.dtype}, got {array.dtype}; `Artifact.quantize` turns floats into it"
+            )
+            raise DataError(text, where)
         _check_dtype(array, spec, where)
         checked[spec.name] = np.asarray(array, dtype=spec.dtype, order="C")
     return checked

@@ -107,7 +107,11 @@ def _port(tensor: Tensor) -> str:
         raise BuildError(f"has {len(tensor.shape)} dimensions, at most {MAX_RANK} are supported", tensor.name)
     dims = [*tensor.shape, *[1] * (MAX_RANK - len(tensor.shape))]
     code, rank = DTYPE_CODES[tensor.dtype], len(tensor.shape)
-    fields = f"{c_string(tensor.name)}, {code}, {rank}, {{{', '.join(map(str, dims))}}}, {tensor.size}, 1.0F, 0"
+    scale, zero = (
+        (1.0, 0) if tensor.quantization is None else (tensor.quantization.scale, tensor.quantization.zero_point)
+    )
+    numbers = f"{float(np.float32(scale))!r}F, {zero}"  # all digits: the nearest float32 is this one
+    fields = f"{c_string(tensor.name)}, {code}, {rank}, {{{', '.join(map(str, dims))}}}, {tensor.size}, {numbers}"
     return f"    {{{{{fields}}}, {_place(tensor.location)}}},"
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsec.artifact import code_file
+from sparsec.data import Quantization
 
 if TYPE_CHECKING:
     import onnx_ir
     from rich.console import Console
 
     from sparsec.artifact import Artifact
-    from sparsec.program import Layer, Program
+    from sparsec.program import Layer, Program, Tensor
     from sparsec.targets import Target
 
 
@@ -34,6 +36,12 @@ def layer_row(layer: Layer) -> dict[str, Any]:
         "bytes": int(layer.bytes),
         "nodes": list(layer.nodes),
     }
+
+
+def port_row(tensor: Tensor) -> dict[str, Any]:
+    """An input or output in the JSON form of `inspect` and of the manifest; `quantization` is null where it has none."""
+    meaning = None if tensor.quantization is None else asdict(tensor.quantization)
+    return {"name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype, "quantization": meaning}
 
 
 def _us(value: float) -> float:
@@ -80,6 +88,8 @@ def report(program: Program, model_bytes: bytes, sizes: Mapping[str, int] | None
         "target": program.target.name,
         "cpu": program.target.cpu,
         "precision": program.target.precision,
+        "inputs": [port_row(tensor) for tensor in program.inputs],
+        "outputs": [port_row(tensor) for tensor in program.outputs],
         "layers": layers,
         "totals": {
             "layers": len(layers),
@@ -154,6 +164,7 @@ def print_report(result: Mapping[str, Any], console: Console, verbose: bool = Fa
         table.add_row(*map(escape, cells))
     console.print(table)
     totals = result["totals"]
+    ports = [f"{side:<9}{_port(row)}" for side in ("inputs", "outputs") for row in result[side] if row["quantization"]]
     code = f" + {totals['code_bytes']:,} B code" if totals["code_bytes"] is not None else ""
     lines = [
         f"weights  {totals['weights']:,}, {100 * totals['zeros']:.1f}% zero",
@@ -164,5 +175,9 @@ def print_report(result: Mapping[str, Any], console: Console, verbose: bool = Fa
         f"time     {totals['predicted_us'] / 1000:.2f} ms predicted on one thread,"
         f" {100 * totals['generic_share']:.1f}% of it in the generic route",
     ]
-    for line in lines:
+    for line in [*ports, *lines]:
         console.print(line, highlight=False, markup=False)
+
+
+def _port(row: Mapping[str, Any]) -> str:
+    return f"{row['name']} {row['dtype']}[{'x'.join(map(str, row['shape']))}], {Quantization(**row['quantization'])}"

@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from sparsec.data import Quantization
+
 MAX_ARGS = 8
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 MAX_ELEMENTS = (1 << 31) - (1 << 16)  # of a tensor: kernels index with 32 bits, and tiles may reach past its end
@@ -89,6 +91,7 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: str
     location: Arg
+    quantization: Quantization | None = None  # of a port of 8 bits
 
     @property
     def size(self) -> int:
@@ -141,8 +144,10 @@ class Program:
 
     def __str__(self) -> str:
         lines = [f"program {self.name} for {self.target.name} ({self.target.cpu})"]
-        lines += [f"  input  {t.name}: {t.dtype}{list(t.shape)} at {t.location}" for t in self.inputs]
-        lines += [f"  output {t.name}: {t.dtype}{list(t.shape)} at {t.location}" for t in self.outputs]
+        for side, tensors in (("input ", self.inputs), ("output", self.outputs)):
+            for t in tensors:
+                meaning = f", {t.quantization}" if t.quantization is not None else ""
+                lines.append(f"  {side} {t.name}: {t.dtype}{list(t.shape)} at {t.location}{meaning}")
         lines.append(
             f"  arena {self.arena_bytes} B, scratch {self.scratch_bytes} B a worker, weights {self.weights_bytes} B"
         )

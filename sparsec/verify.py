@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ import numpy as np
 from sparsec.data import Data, Images, InputSpec, load_data
 from sparsec.errors import ArtifactError, DataError
 from sparsec.rounding import Rounding, allowed_count, beyond, rounding
-from sparsec.tolerance import derive_tolerance, tolerances
+from sparsec.tolerance import derive_tolerance, floors, for_sample, tolerances
 
 __all__ = [
     "Parity", "Verification", "derive_tolerance", "errors", "parity_sample", "print_verification", "random_sample",
@@ -48,14 +49,19 @@ _SEED = 20240229
 
 
 def random_sample(inputs: Sequence[InputSpec], seed: int = _SEED) -> Arrays:
-    """Standard normal values for floating-point inputs, random 0 and 1 for the others; a pure function of the seed."""
+    """Standard normal values for floating-point and quantized inputs, random 0 and 1 for others; a pure function of the seed."""
     rng = np.random.default_rng(seed)
     sample = {}
     for spec in inputs:
         dtype = np.dtype(spec.dtype)
-        values = rng.standard_normal(spec.shape) if dtype.kind == "f" else rng.integers(0, 2, spec.shape)
-        sample[spec.name] = np.asarray(values).astype(dtype)
+        values = rng.standard_normal(spec.shape) if _real(spec) else rng.integers(0, 2, spec.shape)
+        sample[spec.name] = np.asarray(spec.stored(np.asarray(values))).astype(dtype)
     return sample
+
+
+def _real(spec: InputSpec) -> bool:
+    """Whether an input stands for real numbers."""
+    return np.dtype(spec.dtype).kind == "f" or spec.quantization is not None
 
 
 def parity_sample(
@@ -65,6 +71,7 @@ def parity_sample(
     from sparsec.runtimes.ort import OrtSession
 
     sample = next(iter(data)) if data is not None else random_sample(inputs)
+    sample = {spec.name: spec.stored(sample[spec.name]) for spec in inputs}
     with OrtSession(model_bytes, where="model.onnx") as session:
         outputs = session.run(sample)
     return [sample[spec.name] for spec in inputs], list(outputs.values())
@@ -268,18 +275,20 @@ def verify(
     """Run `artifact` on `runtime` (default: its own) and ONNX Runtime on its model.onnx, and compare.
 
     `data`: samples to compare on, with labels for accuracy; without it the parity sample and
-    `random_samples` more. `against`: the model before any pass, for fidelity. Never raises because results differ; see
-    `.passed`.
+    `random_samples` more. `against`: the model before any pass, for fidelity; where the artifact has inputs and outputs of
+    8 bits and it has not, it is given and compared in real numbers. Never raises because results differ; see `.passed`.
     """
     from sparsec.runtimes.base import find_runtime
     from sparsec.runtimes.ort import OrtSession
 
     opened = load_data(data, artifact.inputs, preprocess) if data is not None else None
     samples: Iterable[Arrays] = opened if opened is not None else list(_own_samples(artifact, random_samples))
+    reals = opened.reals() if opened is not None else map(partial(_reals, artifact.inputs), samples)
     labels = opened.labels if opened is not None else None
     total = len(opened) if opened is not None else 1 + random_samples
     where = find_runtime(runtime, artifact)
-    names = [spec.name for spec in artifact.outputs]
+    outputs = {spec.name: spec for spec in artifact.outputs}
+    names = list(outputs)
     tallies = _tallies(artifact)
     fidelity = _Fidelity() if against is not None else None
     same = done = 0
@@ -297,11 +306,11 @@ def verify(
             same += int(_top1(got[first]) == _top1(wanted[first]))
             before = wanted
             if fidelity is not None:
-                before = original.run(_fitting(sample, original, artifact))
+                before = original.run(_fitting(sample, next(reals), original, artifact))
                 common = next((name for name in names if name in before), None)
                 if common is None:
                     raise DataError(f"the model has none of the artifact's outputs: {', '.join(names)}", "--against")
-                fidelity.add(got[common], before[common])
+                fidelity.add(_as_kind(got[common], before[common], outputs[common]), before[common])
             if labels is not None:
                 right["artifact"] += int(_top1(got[first]) == labels[done])
                 right["reference"] += int(_top1(before.get(first, wanted[first])) == labels[done])
@@ -324,8 +333,9 @@ def verify(
 class _Tallies:
     """Errors of every output over the samples."""
 
-    def __init__(self, tolerances: Mapping[str, float], law: Rounding | None) -> None:
+    def __init__(self, tolerances: Mapping[str, float], law: Rounding | None, floors: Mapping[str, float]) -> None:
         self._law = law
+        self._floors = floors
         self._tolerances = {name: float(value) for name, value in tolerances.items()}
         self._absolute = dict.fromkeys(tolerances, 0.0)
         self._worst = {name: (0.0, value) for name, value in self._tolerances.items()}  # relative error, tolerance
@@ -337,7 +347,7 @@ class _Tallies:
         bounds: dict[str, float] = {}  # costly, and seldom needed
         for name in self._tolerances:
             absolute, relative = errors(got[name], wanted[name])
-            tolerance = self._tolerances[name]
+            tolerance = for_sample(self._tolerances[name], self._floors.get(name, 0.0), wanted[name])
             if self._law is not None and name in self._steps:
                 step = self._law.step(name, sample)
                 tally, reference = self._steps[name], wanted[name]
@@ -363,9 +373,12 @@ class _Tallies:
 
 
 def _tallies(artifact: Artifact) -> _Tallies:
-    law = rounding((artifact.path / "model.onnx").read_bytes())
+    import onnx
+    import onnx_ir as ir
+
+    data = (artifact.path / "model.onnx").read_bytes()
     order = {spec.name: artifact.manifest["tolerances"][spec.name] for spec in artifact.outputs}
-    return _Tallies(order, law)
+    return _Tallies(order, rounding(data), floors(ir.from_proto(onnx.load_model_from_string(data))))
 
 
 def _used(error: float, tolerance: float) -> float:
@@ -384,12 +397,12 @@ def _top1(output: np.ndarray) -> int:
 
 
 def _own_samples(artifact: Artifact, count: int) -> Iterator[Arrays]:
-    """The parity sample, then the same integers with random floating-point values."""
+    """The parity sample, then the same integers with random real values."""
     sample = read_parity(artifact)
     yield sample
     for i in range(count):
         drawn = random_sample(artifact.inputs, _SEED + 1 + i)
-        yield {name: drawn[name] if value.dtype.kind == "f" else value for name, value in sample.items()}
+        yield {spec.name: (drawn if _real(spec) else sample)[spec.name] for spec in artifact.inputs}
 
 
 def _open_against(against: Against | None, reference: OrtSession) -> OrtSession:
@@ -406,13 +419,23 @@ def _open_against(against: Against | None, reference: OrtSession) -> OrtSession:
     return OrtSession(proto.SerializeToString(), where=where)
 
 
-def _fitting(sample: Arrays, original: OrtSession, artifact: Artifact) -> Arrays:
-    """`sample` for the original model, with the inputs that were fixed at compile time filled in."""
+def _reals(inputs: Sequence[InputSpec], sample: Arrays) -> Arrays:
+    """A sample in real numbers."""
+    return {spec.name: spec.real(sample[spec.name]) for spec in inputs}
+
+
+def _as_kind(got: np.ndarray, wanted: np.ndarray, spec: InputSpec) -> np.ndarray:
+    """An output as real numbers where those to compare with are."""
+    return spec.real(got) if wanted.dtype.kind == "f" else got
+
+
+def _fitting(sample: Arrays, reals: Arrays, original: OrtSession, artifact: Artifact) -> Arrays:
+    """`sample` for the original model, real numbers where it takes floats, with inputs that were fixed filled in."""
     feed = {}
     bound = artifact.manifest["bind"]
     for spec in original.inputs:
         if spec.name in sample:
-            feed[spec.name] = sample[spec.name]
+            feed[spec.name] = (reals if np.dtype(spec.dtype).kind == "f" else sample)[spec.name]
         elif spec.name in bound:
             feed[spec.name] = np.full(spec.shape, float(bound[spec.name])).astype(spec.dtype)
         else:

@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     "--threads", default=1, show_default=True, metavar="N", help="The artifact's default; run time may differ."
 )
 @click.option("--embed-weights", is_flag=True, help="Put the weights into the code instead of weights.bin.")
+@click.option(
+    "--io",
+    type=click.Choice(["float", "quantized"]),
+    default="float",
+    show_default=True,
+    help="Inputs and outputs: as the model has them, or in 8 bits where it quantizes them.",
+)
 @click.option("--tuning", metavar="FILE", help="Measured choices, of `sparsec tune`, before predicted ones.")
 @click.option(
     "--budget", metavar="PROMISE", help="accuracy=1% or speedup=2x: choose the pruning (needs --calibration)."
@@ -37,7 +44,7 @@ if TYPE_CHECKING:
 @REPORT
 def compile_verb(
     model: str, machine: Machine, output: str, overwrite: bool, rewriting: Rewriting, fixed: Fixed, threads: int,
-    embed_weights: bool, tuning: str | None, budget: str | None, budget_data: str | None, as_json: bool, verbose: bool,
+    embed_weights: bool, io: str, tuning: str | None, budget: str | None, budget_data: str | None, as_json: bool, verbose: bool,
 ) -> None:  # fmt: skip
     """An ONNX model into an artifact for one target."""
     _early(model, output, overwrite, machine, fixed.limits)
@@ -49,7 +56,7 @@ def compile_verb(
         with progress() as say:
             artifact = compile(
                 model, **machine.arguments, **rewriting.arguments, **fixed.arguments, output=output,
-                overwrite=overwrite, threads=threads, embed_weights=embed_weights, tuning=tuning, budget=budget,
+                overwrite=overwrite, threads=threads, embed_weights=embed_weights, io=io, tuning=tuning, budget=budget,
                 budget_data=budget_data, progress=say,
             )  # fmt: skip
     except BudgetMissed as missed:

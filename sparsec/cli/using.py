@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -122,19 +123,23 @@ def run_verb(
     path: str, inputs: tuple[str, ...], output: str | None, runtime: str | None, threads: int | None, as_json: bool,
     verbose: bool,
 ) -> None:  # fmt: skip
-    """One sample through an artifact."""
+    """One sample through an artifact; floats for an input of 8 bits are quantized, outputs come as they are stored."""
     from sparsec.artifact import load, staged_file
     from sparsec.data import read_npy, write_npz
 
     artifact = load(path)
     files = parse_inputs(inputs, [spec.name for spec in artifact.inputs])
-    outputs = artifact.run({name: read_npy(file) for name, file in files.items()}, runtime=runtime, threads=threads)
+    inputs_given = artifact.quantize({name: read_npy(file) for name, file in files.items()})
+    outputs = artifact.run(inputs_given, runtime=runtime, threads=threads)
+    ports = {spec.name: spec for spec in artifact.outputs}
     if output is not None:
         with staged_file(Path(output), overwrite=True) as stage:
             write_npz(stage, outputs)
     rows = []
     for name, array in outputs.items():
         row: dict[str, Any] = {"name": name, "shape": list(array.shape), "dtype": str(array.dtype)}
+        if (meaning := ports[name].quantization) is not None:
+            row["quantization"] = asdict(meaning)
         if array.size:
             row |= {"min": float(array.min()), "max": float(array.max()), "argmax": int(array.reshape(-1).argmax())}
         rows.append(row)
@@ -143,4 +148,5 @@ def run_verb(
         return
     for row in rows:
         span = f"  {row['min']:.6g} .. {row['max']:.6g}, largest at {row['argmax']}" if "min" in row else ""
-        click.echo(f"{row['name']}  {row['dtype']} {row['shape']}{span}")
+        meaning = ports[row["name"]].quantization
+        click.echo(f"{row['name']}  {row['dtype']} {row['shape']}{span}{'' if meaning is None else f', {meaning}'}")

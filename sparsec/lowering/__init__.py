@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +19,8 @@ from sparsec.lowering.quantized import unread
 from sparsec.lowering.rules.base import Context, Taken, declare
 from sparsec.lowering.select import select
 from sparsec.lowering.sums import gather_sums
-from sparsec.program import Layer, Program
+from sparsec.passes.quantized_ports import port_quantization
+from sparsec.program import Layer, Program, Tensor
 from sparsec.targets import Target
 from sparsec.tuning import Choices
 
@@ -49,7 +51,13 @@ def lower(model: ir.Model, target: Target, name: str = "model", tuning: Choices 
         raise unsupported(problems)
     for value in graph.outputs:
         declare(calls, value, "float32")
-    return plan(name, target, calls, [str(v.name) for v in graph.inputs], [str(v.name) for v in graph.outputs])
+    program = plan(name, target, calls, [str(v.name) for v in graph.inputs], [str(v.name) for v in graph.outputs])
+    return replace(program, inputs=_meant(program.inputs, graph.inputs), outputs=_meant(program.outputs, graph.outputs))
+
+
+def _meant(ports: Iterable[Tensor], values: Iterable[ir.Value]) -> tuple[Tensor, ...]:
+    """Ports with what their whole numbers stand for."""
+    return tuple(replace(t, quantization=port_quantization(v)) for t, v in zip(ports, values, strict=True))
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:
