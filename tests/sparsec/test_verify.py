@@ -19,7 +19,7 @@ import sparsec
 from sparsec.artifact import Artifact
 from sparsec.errors import ArtifactError, DataError, ModelError
 from sparsec.targets import find_target
-from sparsec.tolerance import CEILING, UNIT_ROUNDOFF
+from sparsec.tolerance import CEILING, SIGMOID_ERROR, UNIT_ROUNDOFF, floors, for_sample
 from sparsec.verify import Verification, derive_tolerance, errors, random_sample, read_parity, tolerances, verify
 
 
@@ -182,6 +182,46 @@ def test_tolerance_is_its_formula() -> None:
     assert derive_tolerance(chain(9, 64)) == pytest.approx(3 * derive_tolerance(chain(1, 64)))
     assert tolerances(chain(3, 64), find_target("host"))["v3"] < CEILING["x86_64"]
     assert tolerances(chain(20, 2000), find_target("host")) == {"v20": CEILING[find_target("host").arch]}
+
+
+def parsed(text: str) -> ir.Model:
+    return ir.from_proto(onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> g {text}'))
+
+
+def test_sigmoid_of_onnx_runtime_is_near_in_absolute_terms_only() -> None:
+    """Why there is a floor: its error is within it, and far from relative to a small value."""
+    import onnxruntime
+
+    model = parsed("(float[n] x) => (float[n] y) { y = Sigmoid(x) }")
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    x = np.linspace(-30, 30, 60_001, dtype=np.float32)
+    (y,) = session.run(None, {"x": x})
+    exact = 1 / (1 + np.exp(-x.astype(np.float64)))
+    off = np.abs(y - exact)
+    assert off.max() <= SIGMOID_ERROR
+    assert (off / exact).max() > 0.01
+    assert floors(model) == {"y": SIGMOID_ERROR}
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        ("s = Sigmoid(x) t = Reshape(s, k) y = ReduceMean(t)", True),
+        ("s = Sigmoid(x) y = Mul(s, x)", False),
+        ("s = Sigmoid(x) y = Div(s, s)", False),
+        ("y = Tanh(x)", False),
+    ],
+)
+def test_floor_of_values_of_a_sigmoid(body: str, found: bool) -> None:
+    assert bool(floors(parsed(f"(float[4] x, int64[1] k) => (float y) {{ {body} }}"))) is found
+
+
+def test_floor_is_a_share_of_the_sample() -> None:
+    small, large = np.array([1e-3, 0.0]), np.array([0.5, 1.0])
+    assert for_sample(1e-5, 2e-7, small) == pytest.approx(1e-5 + 2e-4)
+    assert for_sample(1e-5, 2e-7, large) == pytest.approx(1e-5 + 2e-7)
+    assert for_sample(1e-5, 0.0, small) == 1e-5
+    assert for_sample(1e-5, 2e-7, np.zeros(2)) == 1e-5
 
 
 @pytest.mark.parametrize(("length", "k"), [(1, 64), (8, 256), (3, 1024)])
