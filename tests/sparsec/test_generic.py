@@ -189,8 +189,8 @@ CASES = [
             ("linear", "pytorch_half_pixel", (1.7, 0.6), {}),
             ("linear", "asymmetric", (2.0, 2.0), {}),
             ("nearest", "asymmetric", (2.5, 1.3), {"nearest_mode": "round_prefer_ceil"}),
-            ("nearest", "align_corners", (2.5, 1.3), {"nearest_mode": "ceil"}),
-            ("cubic", "align_corners", (1.7, 2.3), {}),
+            ("nearest", "align_corners", (3, 2), {"nearest_mode": "ceil"}),
+            ("cubic", "align_corners", (1.8, 3), {}),
             ("cubic", "asymmetric", (0.6, 2.3), {"exclude_outside": 1}),
             ("cubic", "half_pixel", (2.0, 2.0), {"cubic_coeff_a": -0.75}),
         )
@@ -317,6 +317,108 @@ CASES = [
     Case("Slice", (BYTES,), (ints(1), ints(5), ints(1), ints(2)), name="uint8"),
     Case("Pad", (BYTES,), (ints(0, 0, 1, 1, 0, 0, 2, 1), np.uint8(117)), name="uint8", opset=18),
     Case("Resize", (BYTES,), (None, np.array([1, 1, 2, 2], F32)), {"mode": "nearest"}, "uint8", opset=18),
+    *(
+        Case(
+            "TopK",
+            (INTS if "int" in name else floats(2, 10, 7).round(),),
+            (ints(3),),
+            {"axis": axis, "largest": largest},
+            name,
+            1,
+            2,
+            21,
+        )
+        for name, axis, largest in (("ties", 1, 1), ("smallest", -1, 0), ("int64", 1, 1), ("int-smallest", 0, 0))
+    ),
+    *(
+        Case(
+            "Resize",
+            (IMAGE,),
+            (None, np.array(scales, F32)),
+            {"mode": mode, "antialias": 1, **extra},
+            f"antialias-{name}",
+            8,
+            1,
+            18,
+        )
+        for name, mode, scales, extra in (
+            ("linear", "linear", (1, 1, 0.5, 0.37), {}),
+            ("cubic", "cubic", (1, 1, 0.4, 2.2), {}),
+            ("outside", "cubic", (1, 1, 0.7, 0.3), {"exclude_outside": 1}),
+        )
+    ),
+    Case(
+        "Resize",
+        (IMAGE,),
+        (np.array([0, 0, 0.2, -0.2, 1, 1, 0.9, 1.3], F32), None, ints(1, 6, 5, 7)),
+        {"mode": "linear", "coordinate_transformation_mode": "tf_crop_and_resize", "extrapolation_value": 3.0},
+        "crop",
+        4,
+    ),
+    *(
+        Case(
+            "Resize",
+            (IMAGE,),
+            (None, None, ints(17, 13)),
+            {"mode": "linear", "axes": [2, 3], "keep_aspect_ratio_policy": p},
+            p,
+            4,
+            1,
+            18,
+        )
+        for p in ("not_larger", "not_smaller")
+    ),
+    *(
+        Case("DFT", (floats(2, 12, 5, parts),), (np.array(n), np.array(axis)), flags, name, 64, 1, 20)
+        for name, parts, n, axis, flags in (
+            ("real", 1, 12, 1, {}),
+            ("onesided", 1, 16, 1, {"onesided": 1}),
+            ("cut", 2, 9, 1, {}),
+            ("inverse", 2, 5, -2, {"inverse": 1}),
+        )
+    ),
+    Case("STFT", (floats(2, 100, 1),), (np.array(8), positive(16)), {"onesided": 1}, "window", 64),
+    Case("STFT", (floats(1, 64, 1),), (np.array(5), positive(12), np.array(12)), {"onesided": 0}, "both sides", 64),
+    Case("Det", (floats(4, 3, 3),), depth=6, opset=21),
+    Case("Det", (floats(2, 2),), depth=2, name="2x2", opset=21),
+    *(Case("LpNormalization", (floats(3, 7, 5),), (), {"p": p, "axis": 1}, str(p), 7, 1, 21) for p in (1, 2)),
+    Case(
+        "Col2Im",
+        (floats(2, 3 * 6, 6),),
+        (ints(5, 6), ints(2, 3)),
+        {"pads": [0, 1, 1, 0], "strides": [2, 2], "dilations": [1, 2]},
+        depth=6,
+        opset=21,
+    ),
+    Case("EyeLike", (floats(4, 6),), (), {"k": 1, "dtype": int(TensorProto.INT64)}, opset=21),
+    Case("Pow", (np.arange(1, 7, dtype=np.int64), np.array([2, 0, 3, 1, 5, 2], np.int64)), name="int64", opset=15),
+    Case("Pow", (positive(4, 9), np.arange(9, dtype=np.int32)), name="mixed", depth=64, opset=15),
+    Case("ReduceMax", (logical(3, 5),), (ints(1),), name="bool", opset=20),
+    Case("AffineGrid", (floats(2, 2, 3),), (ints(2, 1, 4, 5),), {}, depth=3, opset=20),
+    Case(
+        "ConvTranspose",
+        (floats(1, 2, 5, 5), floats(2, 3, 3, 3)),
+        (),
+        {"output_shape": [10, 12], "strides": [2, 2]},
+        "output_shape",
+        36,
+    ),
+    Case(
+        "TfIdfVectorizer",
+        (np.random.default_rng(1).integers(0, 4, (3, 12)),),
+        (),
+        {
+            "mode": "TFIDF",
+            "min_gram_length": 1,
+            "max_gram_length": 2,
+            "max_skip_count": 2,
+            "ngram_counts": [0, 4],
+            "ngram_indexes": [3, 0, 1, 4, 2, 6, 5],
+            "pool_int64s": [0, 1, 2, 3, 0, 1, 2, 2, 1, 3],
+            "weights": [1.0, 2.0, 0.5, 1.5, 3.0, 1.0, 2.5],
+        },
+        opset=21,
+    ),
 ]
 
 

@@ -85,7 +85,7 @@ def _axes(node: onnx.NodeProto, context: Context, transform: str) -> list[_Axis]
         crops = [(float(roi[i]), float(roi[len(axes) + i])) for i in range(len(axes))]
     if transform == "align_corners":
         for a, m, scale in zip(axes, lengths, scales, strict=True):
-            if m > 1 and m != shape[a] * float(scale):  # ONNX's reference divides by n s - 1, ONNX Runtime by m - 1
+            if m > 1 and abs(m - shape[a] * float(scale)) > 1e-5 * m:  # ONNX divides by n s - 1, ONNX Runtime by m - 1
                 raise ExpansionError(f"Resize with align_corners of {shape[a]} by {scale:g}: not a whole size")
     return [_Axis(a, shape[a], m, np.float32(s), c) for a, m, s, c in zip(axes, lengths, scales, crops, strict=True)]
 
