@@ -64,20 +64,47 @@ def pick_words(source: Any, order: Any) -> Any:
     return T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.permvar.si.512", as_type(source, "int32"), order)
 
 
-def narrow(machine: Machine, whole: Sequence[Any], zero_point: int, element: str, least: int, largest: int) -> Any:
+def spread_words(rows: Sequence[Any], number: int) -> Any:
+    """Words of four vectors of bytes, a lane each of every one: of the four vectors of int32 that hold them, the one of `number`.
+
+    Lane i is of byte 16 (i // 4) + 4 number + i % 4: what interleaving within 16 bytes gives, on every machine.
+    """
+    high, second = divmod(number, 2)
+    pairs = [_unpacked(as_type(a, "uint8"), as_type(b, "uint8"), 16, high) for a, b in (rows[:2], rows[2:])]
+    return as_type(_unpacked(*(as_type(pair, "int16") for pair in pairs), 8, second), "int32")
+
+
+def _unpacked(a: Any, b: Any, within: int, high: int) -> Any:
+    """punpckl, punpckh; zip1, zip2: lanes of a and b in turns, those of the lower or the higher half of every `within`."""
+    lanes, half = lanes_of(a), within // 2
+    source = [start + high * half + j for start in range(0, lanes, within) for j in range(half)]
+    return T.Shuffle([a, b], [i for j in source for i in (j, lanes + j)])
+
+
+def narrow(
+    machine: Machine,
+    whole: Sequence[Any],
+    zero_point: int,
+    element: str,
+    least: int,
+    largest: int,
+    spread: bool = False,
+) -> Any:
     """Four int32 vectors plus a zero point as one of bytes in the same order, within `least`..`largest`.
 
-    whole + zero_point must fit in 32 bits. `element`: uint8 or int8.
+    whole + zero_point must fit in 32 bits. `element`: uint8 or int8. `spread`: the vectors are `spread_words`, and the bytes
+    come out as they were before.
     """
     lanes = lanes_of(whole[0])
     low, high = (-128, 127) if element == "int8" else (0, 255)
     if not picks(machine) or lanes < 4:
+        assert not spread
         bounds = [emit.splat(tirx.const(v, "int32"), lanes) for v in (zero_point, least, largest)]
         clipped = [T.min(T.max(v + bounds[0], bounds[1]), bounds[2]) for v in whole]
         return T.Shuffle([T.Cast(emit.vector_type(lanes, element), v) for v in clipped], list(range(4 * lanes)))
     halves = [_shifted(_pack16(machine, *whole[i : i + 2]), zero_point) for i in (0, 2)]
     value = as_type(_pack8(machine, *halves, element), element)
-    if machine.dot in _X86 and lanes > 4:  # packs work within 16 bytes
+    if machine.dot in _X86 and lanes > 4 and not spread:  # packs work within 16 bytes
         quads = lanes // 4
         order = [quads_at * 4 + i for i in range(4) for quads_at in range(quads)]
         value = as_type(T.Shuffle([as_type(value, "int32")], order), element)

@@ -34,6 +34,10 @@ TABLE: tuple[Format, ...] = (
 )  # fmt: skip
 
 
+_FINISH = 3.0  # operations that follow the sums of a vector, and are not hidden behind them
+_GROUP = 2.0  # cycles a group of rows begins and ends with
+
+
 def refusal(
     machine: Machine,
     x_shape: tuple[int, int, int, int],
@@ -54,6 +58,37 @@ def refusal(
     if words.reader(machine, window) is None:
         return f"strides {list(strides)} with dilations {list(dilations)} spread four outputs over more than 16 bytes"
     return None
+
+
+def predict_us(
+    machine: Machine,
+    x_shape: tuple[int, int, int, int],
+    w_shape: tuple[int, ...],
+    *,
+    strides: tuple[int, int] = (1, 1),
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0),
+    dilations: tuple[int, int] = (1, 1),
+) -> float:
+    """Time on one thread: sums, byte shuffles and what follows the sums run on the same units."""
+    window = planes.Window(x_shape[2], x_shape[3], w_shape[2:], strides, pads, dilations).flat()  # type: ignore[arg-type]
+    reader = words.reader(machine, window)
+    assert reader is not None, "ask `refusal` first"
+    share = max(reader.lanes / machine.lanes, 0.5 if machine.vector_bytes == 64 else 1.0)
+    cycles = machine.group_cycles
+    for segment in words.segments(reader.lanes, window.shape[1]):
+        for _, rows in planes.row_groups(window, _most_rows(machine, segment)):
+            taken = (rows - 1) * strides[0] + (window.kernel[0] - 1) * dilations[0] + 1
+            picked = reader.words * min(taken, rows * window.kernel[0])
+            sums = rows * window.kernel[0] * reader.words
+            vector = segment.vectors * (sums / machine.dots + (picked + rows * _FINISH) / machine.fma)
+            cycles += share * vector + _GROUP
+    return float(x_shape[0] * w_shape[0] * cycles / (machine.ghz * 1e3))
+
+
+def _most_rows(machine: Machine, segment: Segment) -> int:
+    """Output rows of a group: half of the registers hold sums."""
+    room = machine.registers // 2 if machine.lane_fma else max(4, machine.registers // 2)
+    return max(1, min(8, room // segment.vectors))
 
 
 def reference(
@@ -144,9 +179,7 @@ class _Kernel:
         self.zero = quantized.packed_zero(machine, x)
         self.flipped = quantized.flipped(machine, x)
         self.taps = window.kernel[0] * reader.words
-        most = self.segments[0].vectors
-        room = machine.registers // 2 if machine.lane_fma else max(4, machine.registers // 2)
-        self.rows = max(1, min(8, room // most))
+        self.rows = _most_rows(machine, self.segments[0])
         self.groups = planes.row_groups(window, self.rows)
         self.bands = len(self.groups) if n * out_channels < 16 and len(self.groups) > 1 else 1
         self.sweep = planes.Sweep(window, (), tuple(self.groups), self.bands)

@@ -285,7 +285,9 @@ class _Layer:
             factor = emit.splat(self.buffers["multipliers"][first_output + r], part.lanes)
             finished.append(T.bind(steps.finish(self.machine, column, factor)))
         if steps.y is not None and rows % WORD == 0:  # as words, which are fewer to move
-            finished = [T.bind(quantized.interleave(finished[r : r + WORD])) for r in range(0, rows, WORD)]
+            finished = [
+                T.bind(quantized.interleave(self.machine, finished[r : r + WORD])) for r in range(0, rows, WORD)
+            ]
         for i in range(part.valid):
             value = _turned(finished, i)
             if steps.y is not None and rows % WORD == 0:

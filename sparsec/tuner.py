@@ -217,20 +217,29 @@ def make_trials(prices: Prices, target: Target, ways: Sequence[Way]) -> list[mea
     bound = [prices.calls(way) for way in ways]
     kernels = [Kernel(call.name, call.func, call.text) for calls in bound for call, _ in calls]
     library = measure.Library(kernels, target)
-    x = np.random.default_rng(0).standard_normal(prices.facts["x_shape"], np.float32)
+    x, garbage, allowed = _trial_input(prices)
     stage = measure.Stage(x)
     trials = [measure.Trial(library, calls, stage, way.predicted_us) for calls, way in zip(bound, ways, strict=True)]
     y, first = stage.rooms["y"], None
-    # Rounding in any order of summation: a sum of K products is off by at most K eps times the sum of their magnitudes.
-    magnitudes = np.abs(prices.weight).sum(axis=1, dtype=np.float64).max(initial=0.0) * np.abs(x).max(initial=0.0)
-    allowed = 2 * (prices.weight.shape[1] + 1) * np.finfo(np.float32).eps * magnitudes
     for trial, way in zip(trials, ways, strict=True):
-        y.array[:] = np.nan
+        y.array[:] = garbage
         trial.run()
         first = y.array.copy() if first is None else first
         if not np.abs(y.array.astype(np.float64) - first).max(initial=0.0) <= allowed:
             raise CheckError(f"{way.kernel} computes something else than {ways[0].kernel}; please report it", "tune")
     return trials
+
+
+def _trial_input(prices: Prices) -> tuple[np.ndarray, float, float]:
+    """Random x; what y holds before a run; how far the results of two ways may differ."""
+    rng, shape = np.random.default_rng(0), prices.facts["x_shape"]
+    element = prices.facts.get("element", "float32")
+    if element in ("uint8", "int8"):  # sums of integers are exact, and are rounded once
+        return rng.integers(0, 256, shape, np.uint8).view(element), 0x5A, 0.0
+    x = rng.standard_normal(shape, np.float32)
+    # Rounding in any order of summation: a sum of K products is off by at most K eps times the sum of their magnitudes.
+    magnitudes = np.abs(prices.weight).sum(axis=1, dtype=np.float64).max(initial=0.0) * np.abs(x).max(initial=0.0)
+    return x, np.nan, float(2 * (prices.weight.shape[1] + 1) * np.finfo(np.float32).eps * magnitudes)
 
 
 # --- what it says about the cost model --------------------------------------------------------------------------------

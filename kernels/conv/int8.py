@@ -29,6 +29,8 @@ from sparsec.kernels.conv.stored import Packed, pack, unpack
 from sparsec.kernels.dots import WORD
 from sparsec.kernels.quantized import QuantType, Requantize
 
+SHORT = 16  # columns of a loop that LLVM might unroll whole
+
 
 def _format(rows: int) -> Format:
     block = f"{rows}x{WORD}"
@@ -133,7 +135,7 @@ def bind(
     start = quantized.correction(machine, w, bias, x)
     multipliers = steps.multipliers(x, w_scale)
     bounded = quantized.largest(w, bias, multipliers) >= 2.0**30
-    main = _Quantized(words, padded(geometry), packed, start, multipliers, x, steps, tiling, bounded).call()
+    main = Quantized(words, padded(geometry), packed, start, multipliers, x, steps, tiling, bounded).call()
     first = None
     if geometry.needs_prepare or geometry.x_shape[1] % WORD:
         channels = padded(geometry).x_shape[1]
@@ -141,7 +143,7 @@ def bind(
     return first, main
 
 
-class _Quantized(Convolution):
+class Quantized(Convolution):
     """Emits the kernel of one layer; see the module's head. `geometry`: with channels of whole words."""
 
     def __init__(
@@ -170,13 +172,20 @@ class _Quantized(Convolution):
         """Where in a prepared image each panel row begins: the first channel of its words."""
         return self.geometry.tap_offsets()[::WORD][self.packed.live]
 
+    def trips(self) -> Any:
+        """Columns of a dense pass; of few, as data: LLVM unrolls short loops whole and runs out of registers."""
+        depth = self.packed.depth
+        if depth > SHORT or self.machine.lane_fma:
+            return depth
+        return T.bind(self.buffers["bias"][2 * self.oc])
+
     def copy(self, to: Any, start: Any, lanes: int) -> None:
         """Fill `lanes` pixels of a panel row: four channels interleaved."""
         x, panel, done = self.buffers["x"], self.buffers["scratch"], 0
         while done < lanes:
             some = min(lanes - done, self.machine.lanes)
             rows = [emit.load(x, start + (channel * self.plane + done), some) for channel in range(WORD)]
-            found = quantized.interleave(rows)
+            found = quantized.interleave(self.machine, rows)
             if quantized.flipped(self.machine, self.x):
                 found = quantized.flip(found)
             emit.store(panel, to + done, found, some)
@@ -216,6 +225,7 @@ class _Quantized(Convolution):
         return f"conv{what}_i8_{form}", (self.steps, quantized.flipped(self.machine, self.x), self.bounded)
 
     def start(self, bias: np.ndarray | None) -> dict[str, np.ndarray]:
-        """Beginnings of the sums, then the multipliers' bits: a kernel has eight pointers."""
+        """Beginnings of the sums, then the multipliers' bits, then `trips`: a kernel has eight pointers."""
         assert bias is not None
-        return {"bias": np.concatenate([bias, self.multipliers.view(np.int32)])}
+        depth = np.array([self.packed.depth], np.int32)
+        return {"bias": np.concatenate([bias, self.multipliers.view(np.int32), depth])}

@@ -109,6 +109,11 @@ class Convolution:
         return dict.fromkeys(("x", "y", "residual"), self.element)
 
     @property
+    def panel_element(self) -> str:
+        """Element type of the panel."""
+        return self.element
+
+    @property
     def spacing(self) -> int:
         """Elements of x between panel rows that lie one behind the other."""
         return self.tiling.pixels
@@ -116,6 +121,14 @@ class Convolution:
     def offsets(self) -> np.ndarray:
         """Where in a prepared image each panel row begins, elements."""
         return self.geometry.tap_offsets()[self.packed.live]
+
+    def parts_of(self, pixels: int, rows: int) -> tuple[Part, ...]:
+        """What covers `pixels` of a tile in a group of `rows` rows."""
+        return self.tiling.parts_of(pixels, rows)
+
+    def trips(self) -> Any:
+        """Columns of a dense pass."""
+        return self.packed.depth
 
     def copy(self, to: Any, start: Any, lanes: int) -> None:
         """Fill `lanes` pixels of a panel row from `start` in x."""
@@ -177,7 +190,7 @@ class Convolution:
         scratch = self.panel + (packed.groups * packed.rows * tiling.width if packed.passes > 1 else 0)
         counts = {"x": self.images * self.image_size, "y": y_size, "residual": y_size}
         sizes: dict[str, tuple[int, str]] = {role: (counts[role], self.elements[role]) for role in counts}
-        sizes["scratch"] = (scratch, self.element)
+        sizes["scratch"] = (scratch, self.panel_element)
         sizes.update({role: (array.size, str(array.dtype)) for role, array in self.constants.items()})
 
         def body(*arguments: Any) -> None:
@@ -196,7 +209,7 @@ class Convolution:
             tile += f", {packed.passes} passes over {packed.depth} panel rows"
         return KernelCall(
             unique(f"{name}_{packed.rows}r{tiling.width}px", *facts), func, tuple(roles), self.constants, self.images * self.shares.image,
-            -(-scratch * machine.item // 64) * 64, f"{what} convolution, {form}, tile {tile}",
+            -(-scratch * np.dtype(self.panel_element).itemsize // 64) * 64, f"{what} convolution, {form}, tile {tile}",
         )  # fmt: skip
 
     # --- tiles
@@ -210,7 +223,7 @@ class Convolution:
             out = image * (self.oc * tiling.pixels) + tile * tiling.width
 
             def one(pixels: int, pieces: int) -> None:
-                self._pack_panel(image * self.image_size, tile, tiling.parts_of(pixels, self.packed.rows))
+                self._pack_panel(image * self.image_size, tile, self.parts_of(pixels, self.packed.rows))
                 low, high = T.bind(T.max(begin - piece, 0)), T.bind(T.min(end - piece, pieces))
                 self._rows(pixels, low, high, pieces, out)
 
@@ -259,21 +272,21 @@ class Convolution:
         packed, rows, full = self.packed, self.packed.rows, self.full_groups
         first, last = T.bind(low * full // pieces), T.bind(high * full // pieces)
 
-        def one_pass(number: Any, stage: _Stage) -> None:
-            depth: Any = packed.depth
+        def one_pass(number: Any, stage: Stage) -> None:
+            depth: Any = packed.depth if packed.sparse else self.trips()
             if not packed.sparse and self.live % packed.depth:
                 depth = T.bind(T.min(packed.depth, self.live - number * packed.depth))
 
             def group(g: Any, height: int) -> None:
-                parts = self.tiling.parts_of(pixels, height)
+                parts = self.parts_of(pixels, height)
                 if packed.sparse:
                     tables = self.buffers["tables"]
                     at = number * packed.groups + g
                     lo, hi = T.bind(tables[at]), T.bind(tables[at + 1])
-                    terms = _Terms(lo, hi - lo, lo * (rows * packed.columns))
+                    terms = Terms(lo, hi - lo, lo * (rows * packed.columns))
                 else:
                     base = number * (packed.depth * packed.groups * rows)
-                    terms = _Terms(number * packed.depth, depth, base + g * (depth * rows))
+                    terms = Terms(number * packed.depth, depth, base + g * (depth * rows))
                 self._group(g * rows, height, parts, out, terms, stage)
 
             if full:
@@ -287,14 +300,12 @@ class Convolution:
                         group(full, self.rest_rows)
 
         if packed.passes == 1:
-            one_pass(0, _Stage(True, True))
+            one_pass(0, Stage(True, True))
         else:
             with T.serial(0, packed.passes) as number:
-                one_pass(number, _Stage(number == 0, number == packed.passes - 1))
+                one_pass(number, Stage(number == 0, number == packed.passes - 1))
 
-    def _group(
-        self, first_row: Any, rows: int, parts: tuple[Part, ...], out: Any, terms: _Terms, stage: _Stage
-    ) -> None:
+    def _group(self, first_row: Any, rows: int, parts: tuple[Part, ...], out: Any, terms: Terms, stage: Stage) -> None:
         """Add `terms` to rows first_row .. first_row + rows of one tile."""
         count = 1 if self.limit else chains(self.machine, rows, parts)
         shape = [part.vectors(rows) for part in parts], [part.lanes for part in parts]
@@ -368,7 +379,7 @@ class Convolution:
             sets[0].fill(lambda i, p, more=more: sets[0].get(i, p) + more.get(i, p))
         stage.choose(stage.last, finished, unfinished)
 
-    def _accumulate(self, sets: list[emit.Accumulators], rows: int, parts: tuple[Part, ...], terms: _Terms) -> None:
+    def _accumulate(self, sets: list[emit.Accumulators], rows: int, parts: tuple[Part, ...], terms: Terms) -> None:
         """The multiply-adds of one group; neighbouring columns go to different sets of accumulators."""
         packed, width = self.packed, self.tiling.width
         values, panel = self.buffers["values"], self.buffers["scratch"]
@@ -420,7 +431,7 @@ class Convolution:
 
 
 @dataclass(frozen=True)
-class _Terms:
+class Terms:
     """What one group adds in one pass: `count` blocks from number `start`, their values from `values` on.
 
     Of dense weights: columns, from panel row `start`.
@@ -432,7 +443,7 @@ class _Terms:
 
 
 @dataclass(frozen=True)
-class _Stage:
+class Stage:
     """Whether a pass is the first and the last; expressions where there are several passes."""
 
     first: Any

@@ -230,3 +230,9 @@ def unread(node: ir.Node, groups: dict[ir.Node, Group]) -> bool:
         return fixed or (isinstance(group, QuantGroup) and node in group.through)
 
     return all(past(reader) for reader, _ in node.outputs[0].uses())
+
+
+def trial_scale(w: np.ndarray) -> np.ndarray:
+    """Scales of w [OC, ...] int8 with which random bytes give results all over 8 bits: float32 [OC]."""
+    norm = np.sqrt((w.reshape(w.shape[0], -1).astype(np.float64) ** 2).sum(axis=1))
+    return (0.8 / np.maximum(norm, 1.0)).astype(np.float32)

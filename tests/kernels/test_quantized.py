@@ -48,7 +48,7 @@ def test_interleave(dot_target):
         def body(x, y, begin, end, lanes=lanes):
             with T.serial(begin, end):
                 rows = [emit.load(x, i * lanes, lanes) for i in range(4)]
-                emit.store(y, 0, quantized.flip(quantized.interleave(rows)), lanes)
+                emit.store(y, 0, quantized.flip(quantized.interleave(dot_target.machine, rows)), lanes)
 
         x = bytes_of(np.random.default_rng(lanes), (4, lanes)).view(np.uint8)
         func = emit.function([("x", x.size, "uint8"), ("y", lanes, "int32")], body)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from sparsec.kernels import depthwise_int8
-from sparsec.kernels.base import Machine, roofline_us
-from sparsec.kernels.conv import Geometry, int8
+from sparsec.kernels.base import Format, KernelCall, Machine
+from sparsec.kernels.conv import Geometry, gathered, int8
 from sparsec.kernels.quantized import QuantType, Requantize, correction
 from sparsec.lowering.calls import Calls
-from sparsec.lowering.match import dims
 from sparsec.lowering.prices import SPARSE_FROM, Bound, Prices, Way, choose
-from sparsec.lowering.quantized import QuantGroup, Source, bias, fuse_quantized, read_past, source, weight
+from sparsec.lowering.quantized import QuantGroup, Source, bias, fuse_quantized, read_past, source, trial_scale, weight
 from sparsec.lowering.rules.base import Context, Taken, declare, emit_simple, node_names, record
 from sparsec.lowering.rules.convolution import ConvNode, read_window
 from sparsec.lowering.rules.quantized_product import bind_quantized_product
@@ -35,9 +35,16 @@ def price_quantized_conv(machine: Machine, geometry: Geometry, w: np.ndarray, x:
             groups = -(-w.shape[0] // form.rows)
             stored[form.name] = round(100 * columns[form.rows] / (groups * int8.in_words(geometry).taps))
 
+    for form in gathered.TABLE if structure.zeros >= SPARSE_FROM else ():
+        quads = gathered.quads(w, form.rows)
+        live = int(w.any(axis=0).sum())
+        us = gathered.predict_us(machine, geometry, form, quads, live)
+        ways.append(Way(form.name, True, us, form, gathered.tiling_of(machine, geometry, form)))
+        stored[form.name] = round(100 * quads * int8.WORD / (-(-w.shape[0] // form.rows) * geometry.taps))
+
     def calls(way: Way) -> Bound:
-        scale = np.ones(w.shape[0], np.float32)
-        prepare, main = int8.bind(
+        scale = trial_scale(w)
+        prepare, main = _bind(
             machine, geometry, w, x=x, w_scale=scale, steps=Requantize(x), form=way.form, tiling=way.tiling
         )
         if prepare is None:
@@ -47,6 +54,13 @@ def price_quantized_conv(machine: Machine, geometry: Geometry, w: np.ndarray, x:
     shape = {key: list(value) for key, value in asdict(geometry).items()}
     facts = {"op": "Conv", "element": x.dtype, **shape, "stored": stored}
     return Prices(facts, w.reshape(w.shape[0], -1), structure, tuple(ways), calls)
+
+
+def _bind(
+    machine: Machine, geometry: Geometry, w: np.ndarray, *, form: Format, **options: Any
+) -> tuple[KernelCall | None, KernelCall]:
+    family = gathered if form in gathered.TABLE else int8
+    return family.bind(machine, geometry, w, form=form, **options)
 
 
 def take_quantized_conv(node: ir.Node, context: Context) -> Taken | str | None:
@@ -77,8 +91,7 @@ def take_quantized_conv(node: ir.Node, context: Context) -> Taken | str | None:
         call = depthwise_int8.bind(
             machine, x_shape=read.x_shape, w=read.w, bias=units, x=x.type, w_scale=w.scale, steps=group.steps, **shape
         )
-        outputs = float(np.prod(dims(group.output)))
-        us = roofline_us(machine, outputs * read.w[0].size / 2, float(np.prod(read.x_shape)) + outputs)
+        us = depthwise_int8.predict_us(machine, read.x_shape, read.w.shape, **shape)
         inputs = {"x": x.value} | ({"residual": group.other} if group.other is not None else {})
         return Taken(group, emit_simple(group, call, inputs, "depthwise", us))
     if read.one_pixel:
@@ -95,7 +108,7 @@ def _emit(
     geometry = read.geometry
     prices = price_quantized_conv(machine, geometry, read.w, x.type)
     way, candidates, reason = choose(prices, context.tuning.find(group.name, prices) if context.tuning else None)
-    prepare, main = int8.bind(
+    prepare, main = _bind(
         machine,
         geometry,
         read.w,
@@ -110,8 +123,8 @@ def _emit(
     origin = declare(calls, x.value)
     y = declare(calls, group.output, "float32")
     if prepare is not None:
-        shape = int8.padded(geometry).prepared_shape
-        prepared = calls.value(calls.fresh(f"{group.name}/prepared"), shape, x.type.dtype)
+        whole = geometry if way.form in gathered.TABLE else int8.padded(geometry)
+        prepared = calls.value(calls.fresh(f"{group.name}/prepared"), whole.prepared_shape, x.type.dtype)
         calls.emit(prepare, {"x": origin, "prepared": prepared}, ("prepared",), names, group.name)
         origin = prepared
     bound = {"x": origin, "y": y}

@@ -12,7 +12,16 @@ from sparsec.kernels.base import KernelCall, Machine
 from sparsec.kernels.quantized import QuantType, Requantize, correction
 from sparsec.lowering.match import attribute, constant, dims, only_consumer
 from sparsec.lowering.prices import SPARSE_FROM, Bound, Prices, Way, choose
-from sparsec.lowering.quantized import QuantGroup, Source, bias, fuse_quantized, read_past, source, weight
+from sparsec.lowering.quantized import (
+    QuantGroup,
+    Source,
+    bias,
+    fuse_quantized,
+    read_past,
+    source,
+    trial_scale,
+    weight,
+)  # fmt: skip
 from sparsec.lowering.rules.base import Context, Taken, emit_simple
 from sparsec.lowering.structure import detect_structure
 
@@ -94,7 +103,7 @@ def price_quantized_product(machine: Machine, m: int, w: np.ndarray, x: QuantTyp
             stored[form.name] = round(100 * packed.blocks * packed.columns / (packed.groups * packed.shape[1]))
 
     def calls(way: Way) -> Bound:
-        call = _call(machine, m, w, way, x=x, w_scale=np.ones(n, np.float32), steps=Requantize(x))
+        call = _call(machine, m, w, way, x=x, w_scale=trial_scale(w), steps=Requantize(x))
         return [(call, {"x": "x", "y": "y"})]
 
     facts = {"op": "Gemm", "element": x.dtype, "x_shape": [m, k], "w_shape": [n, k], "stored": stored}
