@@ -13,6 +13,7 @@ from sparsec.kernels.base import roofline_us
 from sparsec.kernels.emit import HALF_MAX
 from sparsec.lowering.calls import Call, Calls, check_sizes
 from sparsec.lowering.generic import lower_generic, unsupported
+from sparsec.lowering.integers import move_integers
 from sparsec.lowering.match import Group, constant, dims
 from sparsec.lowering.plan import plan
 from sparsec.lowering.quantized import unread
@@ -30,7 +31,7 @@ def lower(model: ir.Model, target: Target, name: str = "model", tuning: Choices 
 
     `tuning`: measured choices, asked before the cost model.
     """
-    graph = gather_sums(model).graph
+    graph = move_integers(gather_sums(model)).graph
     check_sizes({str(v.name): dims(v) for v in _values(graph) if v.name})
     calls = Calls(target.machine, frozenset(str(v.name) for v in _values(graph)))
     for value in graph.inputs:
@@ -52,7 +53,8 @@ def lower(model: ir.Model, target: Target, name: str = "model", tuning: Choices 
     for value in graph.outputs:
         declare(calls, value, "float32")
     program = plan(name, target, calls, [str(v.name) for v in graph.inputs], [str(v.name) for v in graph.outputs])
-    return replace(program, inputs=_meant(program.inputs, graph.inputs), outputs=_meant(program.outputs, graph.outputs))
+    ports = model.graph
+    return replace(program, inputs=_meant(program.inputs, ports.inputs), outputs=_meant(program.outputs, ports.outputs))
 
 
 def _meant(ports: Iterable[Tensor], values: Iterable[ir.Value]) -> tuple[Tensor, ...]:

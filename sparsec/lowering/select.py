@@ -20,7 +20,10 @@ from sparsec.lowering.rules.quantized_elementwise import (
     take_quantize,
     take_quantized_binary,
 )
+from sparsec.lowering.rules.quantized_moves import take_move
+from sparsec.lowering.rules.quantized_pooling import take_integer_max, take_quantized_average
 from sparsec.lowering.rules.quantized_product import take_quantized_product
+from sparsec.lowering.rules.quantized_resize import take_quantized_resize
 from sparsec.lowering.rules.views import take_concat, take_split, take_view
 
 RULES: tuple[Rule, ...] = (
@@ -29,6 +32,10 @@ RULES: tuple[Rule, ...] = (
     take_concat,
     take_quantized_conv,
     take_quantized_product,
+    take_integer_max,
+    take_quantized_average,
+    take_quantized_resize,
+    take_move,
     take_lookup,
     take_quantized_binary,
     take_quantize,

@@ -14,13 +14,10 @@ from sparsec.lowering.rules.base import Context, Taken, emit_simple, float_input
 from sparsec.lowering.rules.convolution import window_pads
 
 
-def take_pool(node: ir.Node, context: Context) -> Taken | str | None:
-    """MaxPool and AveragePool, 1-D as planes one row high."""
-    if node.op_type not in ("MaxPool", "AveragePool"):
-        return None
-    x = float_input(node)
-    if isinstance(x, str):
-        return x
+def read_windows(node: ir.Node) -> planes.Window | str:
+    """The windows of a MaxPool or AveragePool, 1-D as planes one row high, or why they are not 2-D."""
+    x = node.inputs[0]
+    assert x is not None
     if len(node.outputs) > 1 and node.outputs[1].uses():
         return "its indices are used"
     shape = dims(x)
@@ -32,35 +29,49 @@ def take_pool(node: ir.Node, context: Context) -> Taken | str | None:
     if rank == 1:
         shape, kernel = (*shape[:2], 1, shape[2]), (1, *kernel)
         strides, dilations, pads = (1, *strides), (1, *dilations), (0, pads[0], 0, pads[1])
-    if refused := pool.refusal(shape, kernel):
-        return refused
+    if len(shape) != 4:
+        return f"pooling kernels are 2-D, got {rank}-D windows"
     windows = planes.Window(shape[2], shape[3], kernel, strides, pads, dilations, bool(attribute(node, "ceil_mode", 0)))
     if windows.shape != (1, *dims(node.outputs[0])[2:])[-2:]:
         return f"it has {list(windows.shape)} windows, its output is {list(dims(node.outputs[0]))}"
-    mode: Any = "max" if node.op_type == "MaxPool" else "average"
-    group = fuse(node, context.taken, residual=False)
-    call = pool.bind(
-        context.machine, mode, x_shape=shape, kernel=kernel, strides=strides, pads=pads, dilations=dilations,
-        ceil_mode=bool(attribute(node, "ceil_mode", 0)), count_include_pad=bool(attribute(node, "count_include_pad", 0)),
-        activation=group.activation,
-    )  # fmt: skip
-    out = float(np.prod(dims(group.output)))
-    us = roofline_us(context.machine, out * np.prod(kernel), 4.0 * (np.prod(shape) + out))
-    return Taken(group, emit_simple(group, call, {"x": x}, f"{mode} pooling", us))
+    return windows
 
 
-def take_global_pool(node: ir.Node, context: Context) -> Taken | str | None:
-    """GlobalAveragePool, GlobalMaxPool, and ReduceMean or ReduceMax over the last axes."""
-    modes: dict[str, Any] = {
-        "GlobalAveragePool": "average", "GlobalMaxPool": "max", "ReduceMean": "average", "ReduceMax": "max",
-    }  # fmt: skip
-    if node.op_type not in modes:
+def take_pool(node: ir.Node, context: Context) -> Taken | str | None:
+    """MaxPool and AveragePool."""
+    if node.op_type not in ("MaxPool", "AveragePool"):
         return None
     x = float_input(node)
     if isinstance(x, str):
         return x
-    shape = dims(x)
-    first = 2
+    windows = read_windows(node)
+    if isinstance(windows, str):
+        return windows
+    shape = (*dims(x)[:2], windows.height, windows.width)
+    if refused := pool.refusal(shape, windows.kernel):
+        return refused
+    mode: Any = "max" if node.op_type == "MaxPool" else "average"
+    group = fuse(node, context.taken, residual=False)
+    call = pool.bind(
+        context.machine, mode, x_shape=shape, kernel=windows.kernel, strides=windows.strides, pads=windows.pads,
+        dilations=windows.dilations, ceil_mode=windows.ceil, count_include_pad=bool(attribute(node, "count_include_pad", 0)),
+        activation=group.activation,
+    )  # fmt: skip
+    out = float(np.prod(dims(group.output)))
+    us = roofline_us(context.machine, out * windows.taps, 4.0 * (np.prod(shape) + out))
+    return Taken(group, emit_simple(group, call, {"x": x}, f"{mode} pooling", us))
+
+
+MODES: dict[str, Any] = {
+    "GlobalAveragePool": "average", "GlobalMaxPool": "max", "ReduceMean": "average", "ReduceMax": "max",
+}  # fmt: skip
+
+
+def read_rows(node: ir.Node) -> tuple[int, int] | str:
+    """Rows and their length, of which a node of `MODES` keeps one element each; or why that is not what it does."""
+    x = node.inputs[0]
+    assert x is not None
+    shape, first = dims(x), 2
     if node.op_type.startswith("Reduce"):
         given = constant(node.inputs[1]) if len(node.inputs) > 1 else None
         axes = attribute(node, "axes", None) if given is None else given.reshape(-1).tolist()
@@ -76,8 +87,21 @@ def take_global_pool(node: ir.Node, context: Context) -> Taken | str | None:
         kept = [axis for axis in range(first, len(shape)) if axis not in reduced and shape[axis] != 1]
         if kept:
             return "it reduces an inner axis"
-    rows, count = int(np.prod(shape[:first])), int(np.prod(shape[first:]))
+    return int(np.prod(shape[:first])), int(np.prod(shape[first:]))
+
+
+def take_global_pool(node: ir.Node, context: Context) -> Taken | str | None:
+    """GlobalAveragePool, GlobalMaxPool, and ReduceMean or ReduceMax over the last axes."""
+    if node.op_type not in MODES:
+        return None
+    x = float_input(node)
+    if isinstance(x, str):
+        return x
+    read = read_rows(node)
+    if isinstance(read, str):
+        return read
+    (rows, count), mode = read, MODES[node.op_type]
     group = fuse(node, context.taken, residual=False)
-    call = pool.bind_global(context.machine, modes[node.op_type], rows=rows, count=count, activation=group.activation)
+    call = pool.bind_global(context.machine, mode, rows=rows, count=count, activation=group.activation)
     us = roofline_us(context.machine, rows * count, 4.0 * rows * count)
-    return Taken(group, emit_simple(group, call, {"x": x}, f"{modes[node.op_type]} of {count} elements", us))
+    return Taken(group, emit_simple(group, call, {"x": x}, f"{mode} of {count} elements", us))
