@@ -217,17 +217,18 @@ def read_past(node: ir.Node) -> tuple[ir.Node, ...]:
 def unread(node: ir.Node, groups: dict[ir.Node, Group]) -> bool:
     """Whether nobody wants the reals of a DequantizeLinear. `groups`: the group of every claimed node.
 
-    Those who read past it do not; nor, where it is constant, does any kernel: it has packed the integers or the reals.
+    Those who read past it do not; nor, where it is constant, does anybody: its reals are a constant for all.
     """
-    if node.op_type != "DequantizeLinear" or node.outputs[0].is_graph_output():
+    if node.op_type != "DequantizeLinear":
         return False
-    fixed = all(value is None or value.const_value is not None for value in node.inputs)
+    if all(value is None or value.const_value is not None for value in node.inputs):
+        return True
+    if node.outputs[0].is_graph_output():
+        return False
 
     def past(reader: ir.Node) -> bool:
         group = groups.get(reader)
-        if group is None:
-            return False
-        return fixed or (isinstance(group, QuantGroup) and node in group.through)
+        return isinstance(group, QuantGroup) and node in group.through
 
     return all(past(reader) for reader, _ in node.outputs[0].uses())
 

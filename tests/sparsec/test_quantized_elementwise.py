@@ -2,78 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
-from programs import onnx_runtime, parse, run_program
+from programs import onnx_runtime, run_program
+from quantized_models import check, feeds_of, graph, kernels
 
-from sparsec.loading import load_model, model_bytes
+from sparsec.loading import load_model
 from sparsec.lowering import lower
-from sparsec.program import Program
 from sparsec.runtimes.emulated import find_emulator
 from sparsec.targets import find_target, with_precision
-
-CONSTANTS = """<float s = {0.05}, uint8 z = {131}, float t = {0.021}, int8 n = {-7}, float u = {0.004}, uint8 o = {0},
-    float half = {0.5}, float three = {3}, float six = {6}, float zero = {0}, float sixth = {0.16666667}"""
-QUANT = ("QuantizeLinear", "DequantizeLinear")
-
-
-def graph(inputs: str, outputs: str, nodes: str, constants: str = "") -> onnx.ModelProto:
-    """Q(x, s, z) and D(q, s, z) stand for the quantizing operators."""
-    for short, name in zip("QD", QUANT, strict=True):
-        nodes = nodes.replace(f" {short}(", f" {name}(").replace(f" {short}<", f" {name}<")
-    return parse(f"g ({inputs}) => ({outputs}) {CONSTANTS}{constants}> {{ {nodes} }}")
-
-
-def feeds_of(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """Every byte, over and over, in an order of its own for each input; floats around a few hundred steps."""
-    rng, feeds = np.random.default_rng(7), {}
-    for value in model.graph.input:
-        shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-        count = int(np.prod(shape))
-        if dtype == np.float32:
-            feeds[value.name] = (10 * rng.standard_normal(shape)).astype(dtype)
-        else:
-            order = np.concatenate([rng.permutation(256) for _ in range(-(-count // 256))])[:count]
-            feeds[value.name] = order.astype(np.uint8).view(dtype).reshape(shape)
-    return feeds
-
-
-def optimized(model: bytes, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What ONNX Runtime computes with its own fusions, QLinearAdd and so on."""
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
-
-
-def check(model: onnx.ModelProto, exact: bool = False) -> Program:
-    """Lowered and run for the host: within one step of ONNX Runtime with and without its fusions; `exact`: equal without.
-
-    Floats that are dequantized in the end are compared in steps of 0.05, the scale `s`.
-    """
-    loaded = load_model(model)
-    program, feeds = lower(loaded, find_target("host")), feeds_of(model)
-    data, results = model_bytes(loaded), run_program(program, feeds)
-    for run in (onnx_runtime, optimized):
-        for name, value in run(data, feeds).items():
-            assert results[name].dtype == value.dtype
-            step = 1 if value.dtype != np.float32 else 0.05
-            off = np.abs(results[name].astype(np.float64) - value.astype(np.float64)) / step
-            assert off.max() <= 1.001 and np.mean(off > 0.001) < 0.02, (name, run.__name__, off.max(), np.mean(off > 0))
-            if exact and run is onnx_runtime:
-                np.testing.assert_array_equal(results[name], value)
-    return program
-
-
-def kernels(program: Program) -> list[tuple[str, str]]:
-    """(operators, kernel without its shape) of each layer; every one is a kernel of our own."""
-    assert all(layer.route == "native" for layer in program.layers), [(x.op, x.reason) for x in program.layers]
-    return [(layer.op, layer.kernel.rpartition("_")[0]) for layer in program.layers]
-
 
 CHAINS = {
     "sigmoid": "r = Sigmoid(x)",
@@ -176,6 +113,13 @@ def test_a_scale_for_each_channel_stays_generic():
     (layer,) = check(graph("float[1,3,37] x", "uint8[1,3,37] q", "q = Q<axis=1>(x, sc, zc)", constants)).layers
     assert layer.route == "generic"
     assert "one constant scale" in layer.reason
+
+
+def test_constant_integers_are_constants_of_generic_layers():
+    """Nothing writes their reals: they lie among the weights, which cannot be written."""
+    nodes = "kd = D(k, t, n)  p = D(q, s, z)  a = Max(p, kd)  y = Q(a, s, z)  b = Min(x, kd)  c = Softmax(b)  d = Max(c, kd)"
+    model = graph("uint8[2,3] q, float[2,3] x", "uint8[2,3] y, float[2,3] d", nodes, ", int8[3] k = {-100, 0, 99}")
+    assert [layer.op for layer in check(model).layers].count("DequantizeLinear") == 1
 
 
 def test_softmax_between_integers():
