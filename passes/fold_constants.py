@@ -35,6 +35,7 @@ from sparsec.passes_api import Context, Pass, PassResult
 
 GROWTH_BYTES = 1 << 24  # a folded result may be this much larger than its inputs together
 DATA_ELEMENTS = 1024  # constants up to here take part in shape inference (shapes, axes, pads, sizes)
+LOOPS = 16  # times `unroll_steps`: steps of all loops together, those inside loops counted each time
 RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
@@ -49,7 +50,7 @@ class FoldConstants(Pass):
 
     unroll_steps: int = UNROLL_STEPS  # of a Loop or Scan, at most
     folded_bytes: int = 1 << 28  # of all constants that are computed, at most
-    nodes: int = 200_000  # that a graph may have with its loops written out
+    nodes: int = 50_000  # that a graph may have with its loops written out
 
     def call(self, model: ir.Model) -> PassResult:
         before = [node.op_type for node in model.graph]
@@ -133,12 +134,16 @@ class _Walk:
         self.typed = 0  # values whose shape or type was not known before
 
     def run(self) -> int:
-        folded = 0
+        folded = steps = 0
         pending = list(reversed(self.graph))
         while pending:
             node = pending.pop()
             opened = self._opened(node)
             if opened is not None:
+                steps += node.op_type != "If"
+                if steps > LOOPS * self.unroll_steps:
+                    text = f"more than {LOOPS * self.unroll_steps} steps of loops are written out up to here"
+                    raise ModelError(f"{text} (--limit unroll=N)", f"node {node.name!r}")
                 pending.extend(reversed(opened))
                 if len(self.graph) > self.limits.nodes:
                     text = f"written out, it makes a graph of more than {self.limits.nodes} nodes (--limit nodes=N)"
@@ -174,6 +179,8 @@ class _Walk:
         inputs = [x for x in node.inputs if x is not None]
         if node.op_type == "Identity" and node.outputs[0].is_graph_output() and inputs[0].const_value is not None:
             return None
+        if node.op_type == "Range" and (step := constant(inputs[2])) is not None and not step.any():
+            raise ModelError("Range with a step of 0", f"node {node.name!r}")
         empty = [_empty(y) for y in node.outputs]
         if empty and all(e is not None for e in empty):
             return empty

@@ -248,7 +248,7 @@ def _send(preload: str, request: dict[str, Any], files: list[int]) -> None:
 
 
 def _wait(reports: int, preload: str, seconds: float) -> dict[str, Any]:
-    """The supervisor's last word: {"status": ..., "step": ...}."""
+    """How the worker ended: status, timeout, step (the last one), peak (bytes), seconds (of the processor)."""
     text, end = b"", time.monotonic() + START_SECONDS + 2 * seconds
     while True:
         left = end - time.monotonic()
@@ -260,12 +260,14 @@ def _wait(reports: int, preload: str, seconds: float) -> dict[str, Any]:
         if not part:
             break
         text = (text + part)[-(1 << 16) :]
-    lines = text.decode(errors="replace").splitlines()
+    lines = [line for line in text.decode(errors="replace").splitlines() if line]
     try:
         ending = json.loads(lines[-1])
         return {
             "status": int(ending["status"]),
             "timeout": bool(ending["timeout"]),
+            "peak": int(ending["peak"]),
+            "seconds": float(ending["seconds"]),
             "step": lines[-2] if len(lines) > 1 else "",
         }
     except (ValueError, LookupError, TypeError):
@@ -350,9 +352,15 @@ def _supervise(request: dict[str, Any], question: int, response: int, reports: i
     timeout = not events
     if handle not in events:
         os.kill(worker, signal.SIGKILL)
-    _, status = os.waitpid(worker, 0)
+    _, status, used = os.wait4(worker, 0)
+    ending = {
+        "status": status,
+        "timeout": timeout,
+        "peak": used.ru_maxrss << 10,
+        "seconds": used.ru_utime + used.ru_stime,
+    }
     with contextlib.suppress(OSError):
-        os.write(reports, b"\n" + json.dumps({"status": status, "timeout": timeout}).encode())
+        os.write(reports, b"\n" + json.dumps(ending).encode())
 
 
 def _work(request: dict[str, Any], question: int, response: int, reports: int) -> int:

@@ -23,7 +23,7 @@ class Limits:
 
     file_bytes: int = (1 << 31) - 1  # the .onnx file; protobuf itself ends here
     weight_bytes: int = 1 << 34  # data in other files, all tensors together
-    nodes: int = 200_000  # with functions inlined and loops written out
+    nodes: int = 50_000  # with functions inlined and loops written out
     depth: int = 12  # graphs inside graphs, functions inside functions
     elements: int = 1 << 30  # of one tensor, stored or computed
     folded_bytes: int = 1 << 28  # constants that folding computes, all together

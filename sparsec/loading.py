@@ -24,7 +24,7 @@ from onnx_ir.passes import common
 
 from sparsec.errors import ModelError, SparsecError, UnsupportedError, UsageError
 from sparsec.exchange import mapped, pack, unpack, without_data
-from sparsec.external_data import Extent, ExternalFiles
+from sparsec.external_data import RANK, Extent, ExternalFiles
 from sparsec.isolation import Allowance, Worker, call
 from sparsec.limits import DEFAULT, MEMORY_FACTOR, Limits
 from sparsec.opsets import STANDARD_DOMAINS, inline_functions, listed, to_working_opset
@@ -251,11 +251,11 @@ def warm() -> None:
 
 
 def _try(model: ir.Model, where: str) -> None:
-    """Run the model once, with zeros. A crash ends this process; an operator that ONNX Runtime lacks is no fault."""
+    """Run the model once, on ones. A crash ends this process; an operator that ONNX Runtime lacks is no fault."""
     try:
         session = quiet_session(model_bytes(model))
         feeds = {
-            v.name: np.zeros([int(str(d)) for d in v.shape], v.dtype.numpy())
+            v.name: np.ones([int(str(d)) for d in v.shape], v.dtype.numpy())  # integers divide by zero with a crash
             for v in model.graph.inputs
             if v.shape is not None and v.dtype is not None
         }
@@ -455,7 +455,11 @@ def _refuse_types(graph: ir.Graph, where: str) -> None:
 
 
 def _refuse_unfinished(model: ir.Model, where: str, limits: Limits) -> None:
-    problems = []
+    problems = [
+        f"input {v.name!r} has {_elements(v)} elements, at most {limits.elements} are read (--limit elements=N)"
+        for v in model.graph.inputs
+        if _elements(v) > limits.elements
+    ]
     for node in model.graph:
         what = f"{node.op_type} {node.name!r}"
         if node.domain not in STANDARD_DOMAINS:
@@ -467,6 +471,11 @@ def _refuse_unfinished(model: ir.Model, where: str, limits: Limits) -> None:
         ratio, training = [*node.inputs[1:3], None, None][:2] if node.op_type == "Dropout" else (None, None)
         if training is not None and not _is_false(training) and not (ratio is not None and _is_false(ratio)):
             problems.append(f"{what}: may be in training mode; export the model for inference")
+        axis = node.attributes.get("axis")
+        if axis is not None and axis.type == ir.AttributeType.INT and not -RANK <= axis.as_int() <= RANK:
+            problems.append(f"{what}: its axis {axis.as_int()} does not exist")
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and not _is_scale(node):
+            problems.append(f"{what}: its scale is not a finite number above zero")
         if node.op_type == "MaxPool" and any(y.uses() or y.is_graph_output() for y in node.outputs[1:]):
             problems.append(f"{what}: the Indices of a MaxPool have no lowering")
         if node.op_type in RECURRENT:
@@ -490,6 +499,15 @@ def _refuse_unfinished(model: ir.Model, where: str, limits: Limits) -> None:
         raise UnsupportedError(listed(_roots_first(problems)), where)
     if not len(model.graph):
         raise ModelError("nothing is left to compute: every output is an input or a constant", where)
+
+
+def _is_scale(node: ir.Node) -> bool:
+    """False for a constant scale that no quantization has; a weight whose channel is all zero may have a scale of 0."""
+    scale = constant(node.inputs[1])
+    if scale is None:
+        return True
+    numbers = scale.astype(np.float64)
+    return bool(np.isfinite(numbers).all() and ((numbers > 0) | (node.op_type == "DequantizeLinear")).all())
 
 
 def _elements(value: ir.Value) -> int:

@@ -182,16 +182,24 @@ def _calls(nodes: object, bodies: dict[Key, onnx.FunctionProto], where: str, lim
             count += 1
             if count > limits.nodes:
                 raise ModelError(f"more than {limits.nodes} nodes (--limit nodes=N)", where)
-            if max(len(node.name), len(node.op_type), len(node.domain)) > NAME_BYTES:
-                raise ModelError(f"a name of more than {NAME_BYTES} characters: {node.op_type[:20]!r}...", where)
+            for text in (node.name, node.op_type, node.domain, node.overload, *node.input, *node.output):
+                _check_name(text, where)
             key = (node.domain, node.op_type, node.overload)
             if key in bodies:
                 called.append(key)
             for attribute in node.attribute:
+                _check_name(attribute.name, where)
                 if attribute.HasField("g"):
                     pending.append((attribute.g.node, depth + 1))
                 pending.extend((graph.node, depth + 1) for graph in attribute.graphs)
     return called, count
+
+
+def _check_name(text: str | bytes, where: str) -> None:
+    if not isinstance(text, str):  # protobuf hands out what it cannot decode as bytes
+        raise ModelError(f"the name {text[:40]!r} is not UTF-8: the file is damaged", where)
+    if len(text) > NAME_BYTES:
+        raise ModelError(f"a name of more than {NAME_BYTES} characters: {text[:20]!r}...", where)
 
 
 def _expanded(calls: dict[Key, list[Key]], sizes: dict[Key, int], where: str) -> tuple[dict[Key, int], dict[Key, int]]:
@@ -254,7 +262,12 @@ def _with_data(source: Source, limits: Limits, lazy: bool) -> Source:
     """Check every tensor; read external data (or leave large initializers mapped); make sparse ones dense."""
     where = source.where
     external: list[tuple[onnx.TensorProto, Extent, bool]] = []
+    for graph in _graphs(source.proto):
+        if isinstance(graph, onnx.GraphProto):
+            for named in (*graph.input, *graph.output, *graph.value_info):
+                _check_name(named.name, where)
     for tensor, main in _tensors(source.proto):
+        _check_name(tensor.name, where)
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             _check_data(tensor, where, limits)
             continue
