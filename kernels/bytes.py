@@ -1,7 +1,7 @@
 """Vector instructions on bytes: bytes picked by an index, and int32 narrowed to bytes with saturation.
 
-    picked[i] = source[order[i]]                                             pshufb, vpermb, tbl
-    narrowed = saturate(four vectors of int32 + zero point), clipped         packssdw and packuswb, sqxtn and sqxtun
+    picked[i] = source[order[i]]                                             pshufb, vpermb, tbl, swizzle
+    narrowed = saturate(four vectors of int32 + zero point), clipped         packssdw and packuswb, sqxtn and sqxtun, narrow
 
 They are written as the instructions they are. A shuffle with a constant order becomes what LLVM thinks of: five
 instructions and more for sliding windows of bytes. For the same reason an order is loaded from a packed constant.
@@ -26,7 +26,7 @@ _ARM = ("sdot", "usdot", "smull")
 
 def picks(machine: Machine) -> bool:
     """Whether `pick` and `narrow` know this machine's instructions."""
-    return machine.dot in _X86 + _ARM
+    return machine.dot in (*_X86, *_ARM, "wasm")
 
 
 def as_type(value: Any, element: str) -> Any:
@@ -53,6 +53,8 @@ def pick(machine: Machine, source: Any, order: Any) -> Any:
     source, order = as_type(source, "int8"), as_type(order, "int8")
     if machine.dot in _ARM:
         return T.call_llvm_pure_intrin("int8x16", "llvm.aarch64.neon.tbl1.v16i8", source, order)
+    if machine.dot == "wasm":
+        return T.call_llvm_pure_intrin("int8x16", "llvm.wasm.swizzle", source, order)
     if size == 64 and machine.byte_permute:
         return T.call_llvm_pure_intrin("int8x64", "llvm.x86.avx512.permvar.qi.512", source, order)
     name = {16: "llvm.x86.ssse3.pshuf.b.128", 32: "llvm.x86.avx2.pshuf.b", 64: "llvm.x86.avx512.pshuf.b.512"}[size]
@@ -126,6 +128,8 @@ def _pack16(machine: Machine, a: Any, b: Any) -> Any:
     if machine.dot in _ARM:
         parts = [T.call_llvm_pure_intrin("int16x4", "llvm.aarch64.neon.sqxtn.v4i16", v) for v in (a, b)]
         return T.Shuffle(parts, list(range(8)))
+    if machine.dot == "wasm":
+        return T.call_llvm_pure_intrin("int16x8", "llvm.wasm.narrow.signed.v8i16.v4i32", a, b)
     name = {4: "llvm.x86.sse2.packssdw.128", 8: "llvm.x86.avx2.packssdw", 16: "llvm.x86.avx512.packssdw.512"}[lanes]
     return T.call_llvm_pure_intrin(f"int16x{2 * lanes}", name, a, b)
 
@@ -135,6 +139,9 @@ def _pack8(machine: Machine, a: Any, b: Any, element: str) -> Any:
     if machine.dot in _ARM:
         name = f"llvm.aarch64.neon.{'sqxtn' if element == 'int8' else 'sqxtun'}.v8i8"
         return T.Shuffle([T.call_llvm_pure_intrin("int8x8", name, v) for v in (a, b)], list(range(16)))
+    if machine.dot == "wasm":
+        sign = "signed" if element == "int8" else "unsigned"
+        return T.call_llvm_pure_intrin("int8x16", f"llvm.wasm.narrow.{sign}.v16i8.v8i16", a, b)
     kind = "packsswb" if element == "int8" else "packuswb"
     name = {8: f"sse2.{kind}.128", 16: f"avx2.{kind}", 32: f"avx512.{kind}.512"}[lanes]
     return T.call_llvm_pure_intrin(f"int8x{2 * lanes}", f"llvm.x86.{name}", a, b)

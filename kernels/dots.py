@@ -25,6 +25,12 @@ from sparsec.kernels.emit import lanes_of
 
 WORD = 4  # products of a word
 WHOLE = ("vnni", "sdot", "usdot")  # one instruction that takes words as they are
+_PAIRS = {
+    ("pmaddwd", 4): "llvm.x86.sse2.pmadd.wd",
+    ("pmaddwd", 8): "llvm.x86.avx2.pmadd.wd",
+    ("pmaddwd", 16): "llvm.x86.avx512.pmaddw.d.512",
+    ("wasm", 4): "llvm.wasm.dot",
+}  # by what the machine has and lanes
 _ARM = {"sdot": "llvm.aarch64.neon.sdot.v4i32.v16i8", "usdot": "llvm.aarch64.neon.usdot.v4i32.v16i8"}
 
 
@@ -43,8 +49,8 @@ def dot(machine: Machine, acc: Any, activations: Any, weights: Any) -> Any:
             return T.call_llvm_pure_intrin(f"int32x{lanes}", name, acc, _quads(activations), _quads(weights))
         case "sdot" | "usdot" as kind:
             return T.call_llvm_pure_intrin("int32x4", _ARM[kind], acc, _quads(activations), _quads(weights))
-        case "pmaddwd" if lanes >= 4:
-            return acc + _pmaddwd(activations, weights)
+        case "pmaddwd" | "wasm" as kind if lanes >= 4:
+            return acc + _pairs(_PAIRS[kind, lanes], activations, weights)
         case "smull" if lanes == 4:
             return acc + _smull(activations, weights)
     return acc + _portable(machine, activations, weights)
@@ -60,10 +66,9 @@ def _quads(words: Any) -> Any:
     return tirx.reinterpret(f"int8x{4 * lanes_of(words)}", words)
 
 
-def _pmaddwd(activations: Any, weights: Any) -> Any:
-    """Even and odd bytes as 16 bits: of activations without, of weights with their sign."""
+def _pairs(name: str, activations: Any, weights: Any) -> Any:
+    """Even and odd bytes as 16 bits, of activations without, of weights with their sign; `name` adds products by twos."""
     lanes = lanes_of(activations)
-    name = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}[lanes]
     halves = f"int16x{2 * lanes}"
 
     def half(words: Any) -> Any:

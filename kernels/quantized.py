@@ -280,7 +280,7 @@ def bounds(act: Activation, y: QuantType) -> tuple[int, int]:
 def rounded(machine: Machine, value: Any) -> Any:
     """float32 within int32's range, rounded half to even, as int32."""
     lanes = lanes_of(value)
-    if not machine.lane_fma and lanes >= 4:
+    if machine.dot != "wasm" and not machine.lane_fma and lanes >= 4:
         return T.call_llvm_pure_intrin(f"int32x{lanes}", f"llvm.lrint.v{lanes}i32.v{lanes}f32", value)
     if machine.lane_fma and lanes == 4:
         return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.fcvtns.v4i32.v4f32", value)
