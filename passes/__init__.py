@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sparsec.passes.cancel_transposes import CancelTransposes
 from sparsec.passes.explicit_pads import ExplicitPads
 from sparsec.passes.factorize import Factorize
 from sparsec.passes.fold_batch_norm import FoldBatchNorm
@@ -16,18 +17,21 @@ from sparsec.passes.rearrange import Rearrange
 from sparsec.passes.recover import Recover
 from sparsec.passes.remove_no_ops import RemoveNoOps
 from sparsec.passes.unroll_recurrent import UnrollRecurrent
+from sparsec.passes.widen import Widen
 from sparsec.passes_api import Pass
 
 # Built-in passes by `Pass.name`; adding one is adding a line here.
 BUILT_IN: tuple[type[Pass], ...] = (
     FoldConstants,
     RemoveNoOps,
+    CancelTransposes,
     ExplicitPads,
     FoldBatchNorm,
     FuseLayerNorm,
     ImportQOperator,
     NormalizeQdq,
     UnrollRecurrent,
+    Widen,
     PruneChannels,
     Rearrange,
     Factorize,
@@ -38,6 +42,7 @@ BUILT_IN: tuple[type[Pass], ...] = (
 
 __all__ = [
     "BUILT_IN",
+    "CancelTransposes",
     "ExplicitPads",
     "Factorize",
     "FoldBatchNorm",
@@ -52,4 +57,5 @@ __all__ = [
     "Recover",
     "RemoveNoOps",
     "UnrollRecurrent",
+    "Widen",
 ]

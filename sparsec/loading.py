@@ -29,6 +29,7 @@ from sparsec.isolation import Allowance, Worker, call
 from sparsec.limits import DEFAULT, MEMORY_FACTOR, Limits
 from sparsec.opsets import STANDARD_DOMAINS, inline_functions, listed, to_working_opset
 from sparsec.passes import (
+    CancelTransposes,
     ExplicitPads,
     FoldBatchNorm,
     FoldConstants,
@@ -63,6 +64,7 @@ def normalisation(limits: Limits = DEFAULT) -> tuple[Pass, ...]:
         fold,
         UnrollRecurrent(limits.unroll),
         RemoveNoOps(),
+        CancelTransposes(),
         NormalizeQdq(),
         ExplicitPads(),
         FoldBatchNorm(),
