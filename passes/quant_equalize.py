@@ -162,7 +162,7 @@ def _through(stream: Stream, node: ir.Node, axis: int, backwards: bool) -> list[
     if before is None or after is None:
         return _fix(stream, node)
     if op in ("Flatten", "Reshape", "Squeeze", "Unsqueeze"):
-        other = _kept(after, before, axis) if backwards else _kept(before, after, axis)
+        other = kept_axis(after, before, axis) if backwards else kept_axis(before, after, axis)
         if other is None:
             return _fix(stream, node)
         return [(x, other), (y, axis)] if backwards else [(x, axis), (y, other)]
@@ -202,7 +202,7 @@ def _through_sum(stream: Stream, node: ir.Node, axis: int) -> list[tuple[ir.Valu
     return [(a, axis), (b, axis), (y, axis)]
 
 
-def _kept(source: tuple[int, ...], target: tuple[int, ...], axis: int) -> int | None:
+def kept_axis(source: tuple[int, ...], target: tuple[int, ...], axis: int) -> int | None:
     """Where `axis` of `source` lies in `target`, if a change of layout leaves it whole and in its place."""
     ahead = int(np.prod(source[:axis]))
     for i, size in enumerate(target):

@@ -7,8 +7,8 @@ block_size = group) -> Gemm | MatMul. Symmetric by default (z = 0, q in -7..7 or
 `asymmetric` q is unsigned and 0 is exact as well. A last group may be shorter.
 
 With calibration data rounding follows H = E[x x^T] of the layer's input, as in `sparsec.passes.quant_weights`; the bias
-takes the shift of the mean, b' = b + (W - Q) E[x]. Without data weights are rounded to nearest; `means`
-may then give E[x].
+takes the shift of the mean, b' = b + (W - Q) E[x]. Without data weights are rounded to nearest, and E[x] is that of
+`sparsec.passes.quant_moments`.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ What decides the accuracy, each in a file of its own, with calibration data (act
     scales and rounding of weights  `sparsec.passes.quant_weights`
     layer after layer, bias         `sparsec.passes.quant_layers`
     weight-only, in groups          `sparsec.passes.quant_only`
+    means without data              `sparsec.passes.quant_moments`
 
 A model that was pruned in the same run is rounded with its zeros held, on its own inputs, towards the outputs of the
 model before pruning: what pruning lost is partly made up for while weights are rounded anyway. Never changed: shapes,
@@ -38,6 +39,7 @@ from sparsec.passes.quant_equalize import Equalize, equalize, scaled
 from sparsec.passes.quant_fallback import LIMIT, Apply, Fallback, Trial, costs_of, fall_back, fall_back_within, in_int8
 from sparsec.passes.quant_graph import Plan, float_weights, insert, plan, store_weight
 from sparsec.passes.quant_layers import How, add_biases, nearest, round_layers
+from sparsec.passes.quant_moments import expected_inputs
 from sparsec.passes.quant_only import nearest_grouped, round_grouped, store_grouped
 from sparsec.passes.quant_ranges import PERCENTILE, Observer, observe, ranges
 from sparsec.passes.quant_weights import Rounding, Scales
@@ -173,8 +175,9 @@ class Quantize(Pass):
         if back is not None:
             refused += [(layer.name, "stays float") for layer in layers if layer.name in back.floats]
             layers = [layer for layer in layers if layer.name not in back.floats]
+        means = expected_inputs(model) if samples is None and self.correct else None
         for grouped in round_grouped(
-            model, layers, samples, bits, self.group, self.asymmetric, self.rounding, self.scales, self.correct
+            model, layers, samples, bits, self.group, self.asymmetric, self.rounding, self.scales, self.correct, means
         ):
             store_grouped(model, grouped, bits, self.group, self.asymmetric)
             context.records.append(_record(grouped.layer, self.weights, grouped.error))
