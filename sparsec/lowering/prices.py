@@ -101,6 +101,14 @@ def _reason(prices: Prices, ranked: list[Way]) -> str:
 def _measured_reason(prices: Prices, entry: Entry) -> str:
     dense = {way.kernel for way in prices.ways if not way.sparse}
     reason = f"measured {entry.choice.measured_us:.1f} us"
+    kept = {way.kernel for way in prices.ways if way.kept}
+    if kept:
+        as_kept = entry.choice.kernel in kept
+        rest = entry.best(lambda kernel: (kernel in kept) != as_kept)
+        texts = ("weights kept as integers", "as floats") if as_kept else ("weights as floats", "kept as integers")
+        return (
+            f"{texts[0]}, {reason}" if rest is None else f"{texts[0]}, {reason}, {texts[1]} {rest.measured_us:.1f} us"
+        )
     if entry.choice.kernel not in dense:
         other = entry.best(lambda kernel: kernel in dense)
         return reason if other is None else f"{reason}, dense measured {other.measured_us:.1f} us"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from kept_weights import TYPES, product
+from onnx import numpy_helper
 from programs import agree
 
 import sparsec
@@ -13,46 +14,6 @@ from sparsec.loading import load_model
 from sparsec.lowering import lower
 from sparsec.runtimes.emulated import find_emulator
 from sparsec.targets import find_target
-
-TYPES = {"int8": (TensorProto.INT8, -127, 127), "int4": (TensorProto.INT4, -7, 7), "uint8": (TensorProto.UINT8, 0, 255),
-         "uint4": (TensorProto.UINT4, 0, 15)}  # fmt: skip
-
-
-def model(
-    m: int = 1, k: int = 200, n: int = 120, kind: str = "int4", block: int = 32, zeros: bool = False,
-    op: str = "MatMul", scales: str = "", alpha: float = 1.0,
-) -> onnx.ModelProto:  # fmt: skip
-    """x [m, k] -> DequantizeLinear of a constant -> product -> Add -> Relu. `scales`: "one" for all, "inputs" one an input."""
-    rng = np.random.default_rng([m, k, n])
-    stored, low, high = TYPES[kind]
-    turned = op == "Gemm"
-    axis = 1 if turned else 0  # of the inputs
-    dims = (n, k) if turned else (k, n)
-    q = rng.integers(low, high + 1, dims)
-    parameters = list(dims)
-    parameters[axis] = -(-k // block) if block else 1
-    shape = tuple(parameters) if block else {"": (n,), "one": (), "inputs": (k,)}[scales]
-    s = (rng.uniform(0.5, 1.5, shape) / high / np.sqrt(k)).astype(np.float32)
-    z = rng.integers(low, high + 1, shape) if zeros else np.full(shape, 0 if low else (high + 1) // 2)
-    options = {"axis": axis, "block_size": block} if block else {"axis": axis if scales == "inputs" else 1 - axis}
-    nodes = [
-        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["w"], "dequantize", **(options if shape else {})),
-        helper.make_node(op, ["x", "w"], ["p"], "product", **({"transB": 1, "alpha": alpha} if turned else {})),
-        helper.make_node("Add", ["p", "b"], ["a"], "bias"),
-        helper.make_node("Relu", ["a"], ["y"], "relu"),
-    ]
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes, "product", [value("x", TensorProto.FLOAT, [m, k])], [value("y", TensorProto.FLOAT, [m, n])],
-        [
-            helper.make_tensor("q", stored, dims, q.reshape(-1).tolist()),
-            helper.make_tensor("z", stored, shape, z.reshape(-1).tolist()),
-            numpy_helper.from_array(s, "s"), numpy_helper.from_array(rng.standard_normal(n).astype("f"), "b"),
-        ],
-    )  # fmt: skip
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    onnx.checker.check_model(made)
-    return made
 
 
 def layer(made: onnx.ModelProto, target: str = "host", cpu: str | None = None):
@@ -65,7 +26,7 @@ def layer(made: onnx.ModelProto, target: str = "host", cpu: str | None = None):
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize(("block", "zeros"), [(32, False), (64, True), (0, False), (0, True)])
 def test_integers_stay_and_agree(op, kind, block, zeros):
-    made = model(kind=kind, block=block, zeros=zeros, op=op)
+    made = product(kind=kind, block=block, zeros=zeros, op=op)
     found = layer(made)
     assert found.kernel.startswith(f"gemm_f32_w{kind[-1]}_")
     assert found.op == f"{op}+Add+Relu"
@@ -79,14 +40,14 @@ def test_integers_stay_and_agree(op, kind, block, zeros):
 def test_on_arm(cpu, kind):
     if find_emulator() is None:
         pytest.skip("no emulator for Arm")
-    made = model(k=2048, n=96, kind=kind, block=64)  # as floats, more than a second cache holds
+    made = product(k=2048, n=96, kind=kind, block=64)  # as floats, more than a second cache holds
     target = find_target("arm", cpu)
     assert layer(made, "arm", cpu).kernel.startswith(f"gemm_f32_w{kind[-1]}_")
     agree(made, target)
 
 
 def test_per_tensor():
-    made = model(kind="int8", block=0, scales="one")
+    made = product(kind="int8", block=0, scales="one")
     assert layer(made).kernel.startswith("gemm_f32_w8_")
     agree(made)
 
@@ -96,13 +57,13 @@ def test_per_tensor():
     ids=["many rows", "a scale for each input", "scaled"],
 )  # fmt: skip
 def test_weights_become_floats(options):
-    made = model(**options)
+    made = product(**options)
     assert not layer(made).kernel.startswith("gemm_f32_w")
     agree(made)
 
 
 def test_mostly_zero_integers_may_be_sparse_floats():
-    made = model(k=512, n=512, kind="int8")
+    made = product(k=512, n=512, kind="int8")
     (q,) = [t for t in made.graph.initializer if t.name == "q"]
     array = numpy_helper.to_array(q).reshape(512, 128, 4) * (np.random.default_rng(0).random((512, 128, 1)) < 0.02)
     q.CopyFrom(numpy_helper.from_array(array.reshape(512, 512).astype(np.int8), "q"))
@@ -115,7 +76,7 @@ def test_mostly_zero_integers_may_be_sparse_floats():
 def test_weights_bin_shows_the_bytes():
     sizes = {}
     for kind in ("int8", "int4"):
-        artifact = sparsec.compile(model(k=512, n=256, kind=kind, block=128), target="host")
+        artifact = sparsec.compile(product(k=512, n=256, kind=kind, block=128), target="host")
         assert artifact.manifest["parity"]["passed"]
         sizes[kind] = artifact.bytes["weights"]
     weights, scales = 512 * 256, 512 // 128 * 256 * 4
