@@ -310,7 +310,7 @@ def distill(
             )
             if found < best:
                 best, kept, stale = found, weights.export(mean), 0
-            else:
+            elif share >= 0.5:  # before, large steps may well hide what small ones will keep
                 stale += 1
             if stale >= settings.patience:
                 break
