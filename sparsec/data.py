@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,19 @@ import numpy as np
 import onnx_ir as ir
 
 from sparsec.errors import DataError, UsageError
+from sparsec.npz import read_npy, read_npz, write_npz
+
+__all__ = [
+    "Data",
+    "Images",
+    "InputSpec",
+    "check_inputs",
+    "input_spec",
+    "load_data",
+    "read_npy",
+    "read_npz",
+    "write_npz",
+]
 
 LABEL = "label"
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm"})
@@ -413,48 +424,6 @@ def check_inputs(
         _check_dtype(array, spec, where)
         checked[spec.name] = np.asarray(array, dtype=spec.dtype, order="C")
     return checked
-
-
-def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """Every array of an `.npz`. Raises DataError; never unpickles."""
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise DataError(
-                "expected an .npz archive, got a single array; save it with np.savez(name=array)", str(path)
-            )
-        with archive:
-            return {name: archive[name] for name in archive.files}
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror or error}", str(path)) from error
-    except (ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise DataError(f"not an .npz of plain arrays: {_one_line(error)}", str(path)) from error
-
-
-def read_npy(path: str | Path) -> np.ndarray:
-    """The array of an `.npy`. Raises DataError; never unpickles."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror or error}", str(path)) from error
-    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        raise DataError(f"not an .npy of a plain array: {_one_line(error)}", str(path)) from error
-    if not isinstance(array, np.ndarray):
-        array.close()
-        raise DataError("expected an .npy with one array, got an .npz archive", str(path))
-    return array
-
-
-def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write `arrays` under any names (np.savez takes keyword arguments and refuses some)."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def load_data(

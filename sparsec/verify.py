@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -91,14 +92,20 @@ def rounding_tolerances(
 
 def read_parity(artifact: Artifact) -> Arrays:
     """The inputs in parity.bin."""
-    from sparsec.emit import HEADER_BYTES
+    from sparsec.emit import HEADER_BYTES, PARITY_FORMAT
     from sparsec.runtimes.batch import decode, tensor_bytes
 
-    raw = (artifact.path / "parity.bin").read_bytes()
-    start = HEADER_BYTES + 4 * len(artifact.outputs)
-    size = tensor_bytes(artifact.inputs) + tensor_bytes(artifact.outputs)
-    if raw[:8] != b"SPARSECP" or len(raw) != start + size:
-        raise ArtifactError("does not fit the signature; compile the model again", str(artifact.path / "parity.bin"))
+    where = str(artifact.path / "parity.bin")
+    ins, outs, count = tensor_bytes(artifact.inputs), tensor_bytes(artifact.outputs), len(artifact.outputs)
+    start = HEADER_BYTES + 4 * count
+    try:
+        with open(where, "rb") as file:
+            raw = file.read(start + ins + outs + 1)
+    except OSError as error:
+        raise ArtifactError(f"cannot read: {error.strerror}; compile the model again", where) from error
+    head = struct.pack("<8sIIQQ", b"SPARSECP", PARITY_FORMAT, count, ins, outs).ljust(HEADER_BYTES, b"\0")
+    if raw[:HEADER_BYTES] != head or len(raw) != start + ins + outs:
+        raise ArtifactError("does not fit the signature; compile the model again", where)
     return decode(raw[start:], artifact.inputs)
 
 
