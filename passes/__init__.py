@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparsec.passes.cancel_transposes import CancelTransposes
+from sparsec.passes.compress import Compress
 from sparsec.passes.explicit_pads import ExplicitPads
 from sparsec.passes.factorize import Factorize
 from sparsec.passes.fold_batch_norm import FoldBatchNorm
@@ -38,11 +39,13 @@ BUILT_IN: tuple[type[Pass], ...] = (
     Prune,
     Recover,
     Quantize,
+    Compress,
 )
 
 __all__ = [
     "BUILT_IN",
     "CancelTransposes",
+    "Compress",
     "ExplicitPads",
     "Factorize",
     "FoldBatchNorm",

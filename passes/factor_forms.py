@@ -39,9 +39,10 @@ SHARES = (
     0.8,
     0.9,
 )  # of a layer's weights, that forms are made for
-SLOW_SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.75)  # for forms that are searched, not solved
+SLOW_SHARES = (0.2, 0.35, 0.5, 0.65, 0.8)  # for forms that are searched, not solved
 SPLITS = (0.15, 0.35, 0.7)  # of the weights, for S
 STORED = ((1, 1), (4, 1), (8, 1), (16, 1), (1, 4), (4, 4), (8, 4))  # blocks that kernels read
+STORED_INT8 = ((1, 4), (4, 4), (8, 4), (16, 4))
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,16 @@ class Menu:
         if self.residual and not set(self.names) & set(LOW_RANK):
             raise RecipeError(f"factorize: a residual stands beside {', '.join(LOW_RANK)}; name one of them in forms")
 
-    def offer(self, shape: Shape, size: int, multiple: int, shares: Sequence[float] = ()) -> list[Form]:
-        """Forms of `shape` for SHARES and `shares` of `size` weights, each once; ranks are multiples of `multiple`."""
+    def offer(
+        self, shape: Shape, size: int, multiple: int, shares: Sequence[float] = (), only: Sequence[float] = ()
+    ) -> list[Form]:
+        """Forms of `shape` for SHARES and `shares` (or for those of `only`) of `size` weights, each once; ranks are
+        multiples of `multiple`."""
         found: list[Form] = []
-        for share in sorted({*SHARES, *shares}):
+        for share in sorted(only or {*SHARES, *shares}):
             found += low_rank_forms(shape, share * size, multiple, self.names)
             found += sparse_forms(shape, share * size, self.pattern) if "sparse" in self.names else []
-        for share in sorted({*SLOW_SHARES, *shares}):
+        for share in sorted(only or {*SLOW_SHARES, *shares}):
             found += self._slow(shape, share * size, multiple)
         return list(dict.fromkeys(found))
 
@@ -83,12 +87,24 @@ class Menu:
 def stored_bytes(factor: np.ndarray) -> int:
     """Bytes of the smallest stored form of [OC, IC, KH, KW] in float32: dense, or R x C blocks with an index of 2 bytes
     each and 4 bytes a group of rows."""
+    return _smallest(factor, STORED, 4)
+
+
+def stored_int8_bytes(factor: np.ndarray) -> int:
+    """The same in int8, with the scale of each output; input channels are filled up to whole words."""
+    oc, ic, kh, kw = factor.shape
+    words = np.zeros((oc, -(-ic // 4) * 4, kh, kw), bool)
+    words[:, :ic] = factor != 0
+    return _smallest(words, STORED_INT8, 1) + 4 * oc
+
+
+def _smallest(factor: np.ndarray, forms: tuple[tuple[int, int], ...], item: int) -> int:
     matrix = factor.transpose(0, 2, 3, 1).reshape(len(factor), -1) != 0
-    best = 4 * matrix.size
-    for rows, columns in STORED:
+    best = item * matrix.size
+    for rows, columns in forms:
         if factor.shape[1] % columns:
             continue
         groups = np.add.reduceat(matrix, np.arange(0, len(matrix), rows), axis=0) > 0
         blocks = groups.reshape(len(groups), -1, columns).any(axis=2)
-        best = min(best, int(blocks.sum()) * (4 * rows * columns + 2) + 4 * (len(groups) + 1))
+        best = min(best, int(blocks.sum()) * (item * rows * columns + 2) + 4 * (len(groups) + 1))
     return best

@@ -127,7 +127,7 @@ class Factorize(Pass):
         if not ways:
             raise RecipeError(f"factorize: 0 of {len(found)} layers changed: {_first(reasons)}")
         before = {w.layer.name: w.dense for w in found}
-        built, errors = self._build(model, ways, means, context, data)
+        built, errors = self.build(model, ways, means, context, data)
         for layer in list(weighted_layers(model)):
             if layer.name in built:
                 replace(model, layer, built[layer.name])
@@ -230,12 +230,12 @@ class Factorize(Pass):
             "predicted damage": damage,
         }
 
-    def _build(
+    def build(
         self, model: ir.Model, ways: Mapping[str, Way], means: Mapping[str, np.ndarray], context: Context, data: bool
     ) -> tuple[dict[str, Factors], dict[str, dict[str, Any]]]:
         """The factors of each layer, biases corrected in place, and what to say about them."""
         if data and self.sequential and context.calibration is not None:
-            forms = {name: way.form for name, way in ways.items() if way.form is not None}
+            forms = {name: getattr(way.form, "fine", way.form) for name, way in ways.items() if way.form is not None}
             trust = None if self.trust == "auto" else self.trust
             done = list(walk(model, forms, context.calibration, self.ridge, trust, self.rescale, self.repair))
             errors = {b.layer.name: {"error": float(f"{b.error:.4g}"), "trust": b.trust} for b in done}

@@ -29,7 +29,7 @@ import onnx_ir as ir
 
 from sparsec.errors import RecipeError
 from sparsec.passes.allocate import layer_cost
-from sparsec.passes.factor_forms import stored_bytes
+from sparsec.passes.factor_forms import stored_bytes, stored_int8_bytes
 from sparsec.passes.factors import Factors, layers_of
 from sparsec.passes.fidelity import Fidelity
 from sparsec.passes.knapsack import Level, knapsack
@@ -39,21 +39,8 @@ from sparsec.passes.replay import goal_of
 from sparsec.passes.trial import Part, fetch, in_parallel, pick_samples, reference_outputs
 from sparsec.passes_api import Context, Samples
 
-UNITS = ("parameters", "flops", "latency")
-SHARES = (
-    0.1,
-    0.15,
-    0.2,
-    0.25,
-    0.3,
-    0.35,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.8,
-    0.9,
-)  # of a layer's weights, that forms are made for
+UNITS = ("parameters", "flops", "latency", "bytes")
+BYTES = {"bytes": stored_bytes, "int8 bytes": stored_int8_bytes}
 SLOWER = "no form is predicted to run faster"
 
 
@@ -95,15 +82,15 @@ def parts_cost(layer: WeightedLayer, factors: Factors, unit: str) -> float:
     """Nonzero weights of the parts, those times the output positions of each, or bytes stored."""
     if unit == "parameters":
         return float(factors.parameters)
-    if unit == "bytes":
-        return float(sum(stored_bytes(f) for chain in factors.chains for _, f in chain))
+    if unit in BYTES:
+        return float(sum(BYTES[unit](f) for chain in factors.chains for _, f in chain))
     return sum(layer_cost(part, part.read(), unit) for part in layers_of(layer, factors))
 
 
 def dense_cost(layer: WeightedLayer, unit: str, context: Context) -> float:
     """What the layer costs as it is."""
-    if unit == "bytes":
-        return float(stored_bytes(layer.read()))
+    if unit in BYTES:
+        return float(BYTES[unit](layer.read()))
     return layer_cost(layer, layer.read(), "weights" if unit == "parameters" else unit, context.price)
 
 
@@ -147,7 +134,10 @@ def uniform(found: Sequence[Ways], budget: float) -> dict[str, Way]:
         if sum(way.cost for way in chosen.values()) <= budget * (1 + 1e-9):
             return chosen
         share -= 0.01
-    raise RecipeError(f"the budget of {budget:.6g} cannot be held: the smallest forms together cost more")
+    stay = [ways for ways in found if len(ways.ways) == 1]
+    least = sum(min(way.cost for way in ways.ways) for ways in found)
+    why = f"; {len(stay)} of {len(found)} layers stay as they are ({stay[0].reason})" if stay else ""
+    raise RecipeError(f"the budget of {budget:.6g} cannot be held: the smallest forms together cost {least:.6g}{why}")
 
 
 def _within(ways: Ways, limit: float) -> Way:

@@ -27,7 +27,7 @@ Hassibi & Stork 1993.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -40,6 +40,7 @@ from sparsec.passes.reconstruct import Problem
 PRUNES = 4  # rounds of the first way
 SWAPS = 12  # rounds of the second
 POLISH = 4  # rounds with the best mask
+ROUGH = 0.0  # of `work`: the fewest rounds, to compare forms before one is chosen
 WORK = 3e9  # multiply-adds of all rounds together, about; larger layers get fewer
 LEAST = 1e-3  # of a direction's curvature: what a low-rank part takes over at most
 
@@ -54,6 +55,11 @@ class Sparse:
 
     def __str__(self) -> str:
         return f"sparse {self.pattern} {100 * self.density:.0f}%"
+
+    @property
+    def fine(self) -> Form:
+        """The same form, searched in full."""
+        return replace(self, work=WORK)
 
     def parameters(self, shape: Shape) -> int:
         """Nonzero weights."""
@@ -81,6 +87,11 @@ class LowRankPlusSparse:
     def rough(self) -> Form:
         """A cheap form that loses about as much for the same reasons."""
         return self.low
+
+    @property
+    def fine(self) -> Form:
+        """The same form, searched in full."""
+        return replace(self, work=WORK)
 
     def parameters(self, shape: Shape) -> int:
         """Those of the chain and the nonzeros of S."""
@@ -201,10 +212,10 @@ def sparse_forms(shape: Shape, budget: float, pattern: Pattern) -> list[Form]:
 
 
 def mixed_forms(low: list[Form], shape: Shape, budget: float, pattern: Pattern) -> list[Form]:
-    """What the forms of `low` leave of `budget` weights, as S."""
+    """What the forms of `low` leave of `budget` weights, as S; searched roughly, see `fine`."""
     size, found = float(np.prod(shape)), []
     for form in low:
         density = 1 - pattern.share if pattern.keep else (budget - form.parameters(shape)) / size
         if 0 < density < 1 and form.parameters(shape) + density * size <= budget * (1 + 1e-9):
-            found.append(LowRankPlusSparse(form, density, pattern))
+            found.append(LowRankPlusSparse(form, density, pattern, ROUGH))
     return found  # type: ignore[return-value]

@@ -37,6 +37,7 @@ ROWS = {
     "+ sequential": "",
     "+ sparse residual": "residual=sparse",
 }
+SPEED = "forms=svd,method=plain,allocation=uniform"  # what runs how fast does not depend on the numbers
 Samples = dict[str, np.ndarray]  # [N, 1, ...] by input name: a batch of one in front of each sample
 
 
@@ -49,6 +50,19 @@ class Case:
     calibration: Samples
     held: Samples
     labels: np.ndarray | None = None
+
+
+def thinned(given: Case, calibration: int, held: int) -> Case:
+    """With at most so many samples, evenly spread; 0: all."""
+
+    def some(samples: Samples, count: int) -> tuple[Samples, np.ndarray]:
+        total = len(next(iter(samples.values())))
+        picked = np.unique(np.linspace(0, total - 1, min(count or total, total)).round().astype(int))
+        return {name: x[picked] for name, x in samples.items()}, picked
+
+    (own, _), (other, picked) = some(given.calibration, calibration), some(given.held, held)
+    labels = None if given.labels is None else given.labels[picked]
+    return Case(given.name, given.load, own, other, labels)
 
 
 def case(name: str) -> Case:
@@ -267,28 +281,56 @@ def stacked(samples: Samples) -> Samples:
 # ---- speed
 
 
-def speed_rows(given: Case, shares: list[float]) -> Iterator[dict[str, Any]]:
-    """Compiled for this machine with ranks of at least 16: measured speed-up over the one that multiply-adds promise."""
+def speed_rows(given: Case, shares: list[float], rounds: int, keep: Path) -> Iterator[dict[str, Any]]:
+    """Compiled for this machine with ranks of at least 16: measured speed-up over the one that multiply-adds promise, of
+    the whole model (in turns) and of the layers that were factorized (their steps called one by one)."""
+    from bench.layers import layer_times
+
     import sparsec
     from sparsec.bench import faster
+    from sparsec.data import input_spec
+    from sparsec.loading import load_model
+    from sparsec.lowering import lower
     from sparsec.passes.allocate import positions
     from sparsec.passes.layers import weighted_layers
+    from sparsec.targets import find_target
 
-    def multiply_adds(model: Any) -> float:
-        return float(sum(np.count_nonzero(layer.read()) * positions(layer) for layer in weighted_layers(model)))
+    def artifact(name: str, passes: list[str]) -> Any:
+        """From an earlier run if it is there."""
+        where = keep / f"{given.name}-{name}.sparsec"
+        if not where.exists():
+            data = stacked(given.calibration)
+            sparsec.compile(given.load(), "host", threads=1, passes=passes, calibration=data, output=where)
+        return sparsec.load(where)
 
-    dense = sparsec.compile(given.load(), "host", threads=1)
+    def multiply_adds(made: Any) -> dict[str, float]:
+        layers = weighted_layers(load_model(made.path / "model.onnx"))
+        return {layer.name: float(np.count_nonzero(layer.read()) * positions(layer)) for layer in layers}
+
+    def times(made: Any) -> dict[str, float]:
+        model = load_model(made.path / "model.onnx")
+        specs = [input_spec(value) for value in model.graph.inputs]
+        feed = {spec.name: given.held[spec.name][0].astype(np.float32) for spec in specs}
+        return {row["name"]: row["measured_us"] for row in layer_times(lower(model, find_target("host")), feed, rounds)}
+
+    dense = artifact("dense", [])
     for share in shares:
-        records: list[dict[str, Any]] = []
-        passes = [f"factorize:flops={share},multiple=16,forms=svd,samples=16"]
-        model = sparsec.rewrite(given.load(), passes=passes, calibration=stacked(given.calibration), records=records)
-        made = sparsec.compile(model, "host", threads=1)
-        promised = multiply_adds(given.load()) / multiply_adds(model)
-        predicted = [sum(r["predicted_us"] for r in a.report["layers"]) for a in (dense, made)]
-        yield {
-            "model": given.name, "asked": share, "layers": sum("form" in r for r in records[0]["details"]),
-            "promised": promised, "predicted": predicted[0] / predicted[1], "measured": faster(dense, made, 200),
+        made = artifact(f"{share}", [f"factorize:flops={share},multiple=16,{SPEED}"])
+        details = next(record["details"] for record in made.manifest["passes"] if record["name"] == "factorize")
+        changed = [row["layer"] for row in details if "form" in row]
+        before, after = multiply_adds(dense), multiply_adds(made)
+        promised, measured = sum(before.values()) / sum(after.values()), faster(dense, made, rounds)
+        row = {
+            "model": given.name, "asked": share, "layers": f"{len(changed)} of {len(before)}", "promised": promised,
+            "measured": measured, "of promise": measured / promised,
         }  # fmt: skip
+        if changed:
+            parts = [name for name in after if name.rpartition("/")[0] in changed]
+            old, new = times(dense), times(made)
+            promised = sum(before[n] for n in changed) / sum(after[n] for n in parts)
+            measured = sum(old[n] for n in changed) / sum(new[n] for n in parts)
+            row |= {"layers promised": promised, "layers measured": measured, "layers of promise": measured / promised}
+        yield row
 
 
 # ---- writing
@@ -333,6 +375,10 @@ def main() -> None:
     parser.add_argument("--share", action="append", type=float)
     parser.add_argument("--row", action="append", choices=ROWS)
     parser.add_argument("--recover", type=float, default=0.0, metavar="MINUTES")
+    parser.add_argument("--calibration", type=int, default=0, metavar="SAMPLES", help="at most so many")
+    parser.add_argument("--held", type=int, default=0, metavar="SAMPLES", help="at most so many to measure on")
+    parser.add_argument("--rounds", type=int, default=200, help="of timing, for speed")
+    parser.add_argument("--keep", type=Path, default=Path("factorized"), help="folder of artifacts, for speed")
     parser.add_argument("--out", type=Path, default=Path("low_rank"))
     arguments = parser.parse_args()
     if "SPARSEC_DATA" not in os.environ:
@@ -342,7 +388,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = json.loads(document.read_text()) if document.exists() else []
     shares = arguments.share or ([0.5] if arguments.kind == "bytes" else [0.7, 0.5])
     for name in arguments.model or MODELS.get(arguments.kind, ("kwt1", "squeezenet1.1", "resnet20", "nsnet2")):
-        given = case(name)
+        given = thinned(case(name), arguments.calibration, arguments.held)
         if arguments.kind == "layers":
             found = layer_rows(given)
         elif arguments.kind == "bytes":
@@ -350,7 +396,7 @@ def main() -> None:
         elif arguments.kind == "accuracy":
             found = accuracy_rows(given, shares, arguments.recover, arguments.row or list(ROWS))
         else:
-            found = speed_rows(given, shares)
+            found = speed_rows(given, shares, arguments.rounds, arguments.keep)
         for row in found:
             rows.append(row)
             document.write_text(json.dumps(rows, indent=1) + "\n")
