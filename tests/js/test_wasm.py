@@ -113,6 +113,28 @@ def test_other_instruction_sets(cpu: str) -> None:
 
 
 @needs_node
+@pytest.mark.parametrize("cpu", ["simd128", "mvp"])
+def test_eight_bits(cpu: str, tmp_path: Path) -> None:
+    """The 8-bit kernels on the module's own instructions: sums, byte picks, narrowing."""
+    models.write_data(tmp_path / "data.npz", 32)
+    artifact = sparsec.compile(
+        models.build("demo"),
+        "wasm",
+        ["prune:sparsity=0.6,block=4x4", "quantize"],
+        calibration=tmp_path / "data.npz",
+        cpu=cpu,
+    )
+    kernels = [layer["kernel"] for layer in artifact.report["layers"]]
+    for family in ("conv1x1_i8", "conv3x3_i8", "depthwise_int8"):
+        assert any(name.startswith(family) for name in kernels) == (cpu == "simd128" or family != "depthwise_int8"), (
+            family
+        )
+    result = artifact.verify(data=tmp_path / "data.npz")
+    assert result.passed
+    assert result.same_top1 == result.samples
+
+
+@needs_node
 def test_element_types() -> None:
     """64-bit integers travel as BigInt; two inputs and outputs keep their order."""
     text = '<ir_version: 10, opset_import: ["" : 21]> g (int64[2,3] a, int64[2,3] b, float[5] c)'
