@@ -55,7 +55,7 @@ class Settings:
     minutes: float = 30.0
     steps: int = 0
     batch: int = 16
-    rate: float = 5e-3
+    rate: float = 1e-3
     decay: float = 0.0
     temperature: float = 1.0
     features: float = 1.0

@@ -55,7 +55,7 @@ class Recover(Pass):
     steps: int = 0
     train: Literal["all", "bias", "lowrank"] = "all"
     rank: int = 8
-    rate: float = 5e-3
+    rate: float = 1e-3
     batch: int = 16
     temperature: float = 1.0
     features: float = 1.0
