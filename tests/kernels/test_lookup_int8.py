@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from layers import Layer, check_layers
@@ -29,13 +31,8 @@ def test_lookup(dot_target, x_type, y_type):
 def test_one_byte_at_a_time():
     """The way of machines without a byte shuffle, run here."""
     target = find_target("host")
-    check_layers([layer(portable(target.machine), n, "int8", "uint8") for n in SIZES[::2]], target)
-
-
-def portable(machine):
-    from dataclasses import replace
-
-    return replace(machine, dot="portable")
+    machine = replace(target.machine, dot="portable")
+    check_layers([layer(machine, n, "int8", "uint8") for n in SIZES[::2]], target)
 
 
 @pytest.mark.parametrize("kind", ["words", "rows", "tbl", "bytes"])
