@@ -270,6 +270,7 @@ def _record(layer: WeightedLayer, way: Way, factors: Factors, dense: Way) -> dic
         "layer": layer.name, "form": factors.kind, "parameters": factors.parameters, "before": dense.parameters,
         "changed": True,
     }  # fmt: skip
+    record["predicted_error"] = float(f"{way.loss:.4g}")
     if way.us is not None and dense.us is not None:
         record |= {"predicted_us": round(way.us, 3), "dense_us": round(dense.us, 3)}
     return record

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from sparsec.data import Quantization
 if TYPE_CHECKING:
     import onnx_ir
     from rich.console import Console
+    from rich.table import Table
 
     from sparsec.artifact import Artifact
     from sparsec.program import Layer, Program, Tensor
@@ -119,9 +120,31 @@ def inspect_model(model: onnx_ir.Model, target: Target, name: str = "model") -> 
     return result
 
 
+def layer_choices(passes: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What passes that choose layer by layer chose, from a manifest's `passes`: layer, pass, choice, errors, why.
+
+    `predicted_error`: share of the power of the layer's output that is lost, by the moments of its inputs;
+    `measured_error`: the share that was lost. Either is None where the pass says nothing.
+    """
+    rows = []
+    for made in passes:
+        for record in made.get("details", ()):
+            choice = record.get("choice", record.get("form"))
+            if "layer" not in record or (choice is None and "kept" not in record):
+                continue
+            rows.append({
+                "layer": record["layer"], "pass": made["name"], "choice": choice or "as it is",
+                "predicted_error": record.get("predicted_error"),
+                "measured_error": record.get("measured_error", record.get("error")), "why": record.get("kept", ""),
+            })  # fmt: skip
+    return rows
+
+
 def inspect_artifact(artifact: Artifact) -> dict[str, Any]:
-    """Report on an artifact: its report.json, and how small its weights and code become when compressed."""
+    """Report on an artifact: its report.json, what passes chose for layers (`choices`), and how small its weights and code
+    become when compressed."""
     result = artifact.report
+    result["choices"] = layer_choices(artifact.manifest["passes"])
     code = code_file(artifact.manifest["target"]["arch"])
     files = [artifact.path / code, artifact.path / "weights.bin"]
     result["totals"]["gzip_bytes"] = _gzip(_chunks([file for file in files if file.exists()]))
@@ -163,6 +186,8 @@ def print_report(result: Mapping[str, Any], console: Console, verbose: bool = Fa
         cells += [f"{row['bytes']:,}", f"{row['predicted_us']:.1f}", why]
         table.add_row(*map(escape, cells))
     console.print(table)
+    if result.get("choices"):
+        console.print(_choices_table(result["choices"]))
     totals = result["totals"]
     ports = [f"{side:<9}{_port(row)}" for side in ("inputs", "outputs") for row in result[side] if row["quantization"]]
     code = f" + {totals['code_bytes']:,} B code" if totals["code_bytes"] is not None else ""
@@ -181,3 +206,17 @@ def print_report(result: Mapping[str, Any], console: Console, verbose: bool = Fa
 
 def _port(row: Mapping[str, Any]) -> str:
     return f"{row['name']} {row['dtype']}[{'x'.join(map(str, row['shape']))}], {Quantization(**row['quantization'])}"
+
+
+def _choices_table(choices: Iterable[Mapping[str, Any]]) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="chosen by passes; errors as shares of the power of a layer's output", title_justify="left")
+    for column in ("layer", "pass", "choice", "predicted error", "measured error", "why"):
+        right = column.endswith("error")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    for row in choices:
+        errors = ["" if row[key] is None else f"{row[key]:.2g}" for key in ("predicted_error", "measured_error")]
+        table.add_row(*map(escape, (row["layer"], row["pass"], row["choice"], *errors, row["why"])))
+    return table

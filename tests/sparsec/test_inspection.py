@@ -14,7 +14,7 @@ from rich.console import Console
 from samples import pair_artifact, pair_model
 
 import sparsec
-from sparsec.inspection import inspect_artifact, inspect_model, print_report, weight_counts
+from sparsec.inspection import inspect_artifact, inspect_model, layer_choices, print_report, weight_counts
 from sparsec.loading import load_model
 from sparsec.targets import find_target
 
@@ -91,3 +91,28 @@ def test_printed_table_names_every_layer() -> None:
 def test_a_pruned_artifact_is_smaller() -> None:
     dense, sparse = pair_artifact(), sparsec.compile(pruned())
     assert sparse.bytes["weights"] < dense.bytes["weights"]
+
+
+def test_what_passes_chose_is_shown_with_the_reason_why_others_stay() -> None:
+    passes = [
+        {"name": "prune", "details": [{"layer": "a", "weights": 8, "zeros": 4, "changed": True}]},
+        {"name": "factorize", "details": [
+            {"budget": "parameters", "share": 0.5},
+            {"layer": "a", "form": "svd 4", "predicted_error": 0.0123, "error": 0.02},
+            {"layer": "b", "kept": "no form is predicted to run faster"},
+        ]},
+        {"name": "compress", "details": [
+            {"layer": "c", "choice": "dense, int8", "predicted_error": 1e-4, "measured_error": 2e-4},
+        ]},
+    ]  # fmt: skip
+    rows = layer_choices(passes)
+    assert [(r["layer"], r["pass"], r["choice"]) for r in rows] == [
+        ("a", "factorize", "svd 4"), ("b", "factorize", "as it is"), ("c", "compress", "dense, int8")
+    ]  # fmt: skip
+    assert [(r["predicted_error"], r["measured_error"]) for r in rows] == [(0.0123, 0.02), (None, None), (1e-4, 2e-4)]
+    result = inspect_artifact(pair_artifact())
+    assert result["choices"] == []
+    stream = io.StringIO()
+    print_report({**result, "choices": rows}, Console(file=stream, width=200))
+    printed = stream.getvalue()
+    assert "no form is predicted to run faster" in printed and "0.012" in printed and "dense, int8" in printed
