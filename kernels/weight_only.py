@@ -357,6 +357,8 @@ class _Layer:
         scales = T.bind(column_block * (groups * full_width))
         bases = [T.bind((row + r) * k) for r in range(rows)]
 
+        ahead = max(1, AHEAD // (stored.units * width * (1 if stored.bits == 8 else 4)))  # groups
+
         def one_group(g: Any, size: int) -> None:
             group_sums.fill(lambda _, p: emit.constant(0, lanes[p]))
             first = T.bind(weights + g * (stored.units * width))
@@ -364,6 +366,7 @@ class _Layer:
                 group_sums, rows, chains, parts, size, first, [T.bind(base + g * stored.group) for base in bases]
             )
             at = T.bind(scales + g * width)
+            self._fetch("scales", at, width, 4, ahead * 4 * width)
             factors = [T.bind(self._sum_of_group(row + r, g)) for r in range(rows)] if stored.zero is not None else []
             for p, part in enumerate(parts):
                 scale = T.bind(emit.load(self.buffers["scales"], at + part.at, part.lanes))
@@ -403,15 +406,9 @@ class _Layer:
                     slot = u % chains * rows + r
                     sums.set(slot, p, sums.get(slot, p) + factors[r](u, part.lanes) * vectors[p])
 
-        def fetch(at: Any, count: int, size: int) -> None:
-            """Ask for what lies AHEAD bytes behind `count` elements of `size` bytes."""
-            if self.stored.bytes > self.machine.l2_bytes:
-                for line in range(0, count, LINE // size):
-                    emit.prefetch(weights, at + line + AHEAD // size)
-
         def bytes_at(at: Any, count: int) -> None:
             factors = [emit.Scalars(x, base + at, count, self.machine.lane_fma) for base in bases]
-            fetch(first + at * width, count * width, 1)
+            self._fetch("weights", first + at * width, count * width, 1, AHEAD)
             for u in range(count):
                 add(u, factors, [
                     T.bind(emit.load_float(weights, first + (at + u) * width + part.at, part.lanes)) for part in parts
@@ -420,7 +417,7 @@ class _Layer:
         def words_at(word: Any, count: int) -> None:
             factors = [emit.Scalars(x, base + word * NIBBLES, count, self.machine.lane_fma) for base in bases]
             words = [T.bind(emit.load(weights, first + word * width + part.at, part.lanes)) for part in parts]
-            fetch(first + word * width, width, 4)
+            self._fetch("weights", first + word * width, width, 4, AHEAD)
             for u in range(count):
                 add(
                     u,
@@ -436,6 +433,12 @@ class _Layer:
                 words_at(word, NIBBLES)
         if size % NIBBLES:
             words_at(size // NIBBLES, size % NIBBLES)
+
+    def _fetch(self, role: str, at: Any, count: int, size: int, ahead: int) -> None:
+        """Ask for what lies `ahead` bytes behind `count` elements of `size` bytes, if it comes from memory."""
+        if self.stored.bytes > self.machine.l2_bytes:
+            for line in range(0, count, LINE // size):
+                emit.prefetch(self.buffers[role], at + line + ahead // size)
 
     def _nibble(self, words: Any, i: int, lanes: int) -> Any:
         """Nibble i of each word, a number from -8 to 7 as float32."""
