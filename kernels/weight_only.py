@@ -38,7 +38,7 @@ from sparsec.kernels.parts import Part, span
 
 NIBBLES = 8  # in a word
 LINE = 64  # bytes of a cache line
-AHEAD = 8192  # bytes: weights from memory are asked for so far ahead; one core reads a third more of them a second
+AHEAD = 8192  # bytes: weights from memory are asked for so far ahead (docs/decisions/006)
 
 TABLE: tuple[Format, ...] = tuple(
     Format(f"gemm_f32_w{bits}", "Gemm, MatMul", f"int{bits}", "float32", f"few rows times a weight kept in {bits} bits",
