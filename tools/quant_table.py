@@ -7,7 +7,8 @@ ONNX Runtime on the same quantized model: the share of outputs within one quanti
 samples the top class is the same.
 
 Each cell runs in a process of its own (its peak memory is reported) and is written at once; cells that the JSON holds
-are not run again. Data from the folder that SPARSEC_DATA names.
+are not run again, but compiled where that is missing and `--keep` names the folder that has the model. Data from the
+folder that SPARSEC_DATA names.
 
     SPARSEC_DATA=... python tools/quant_table.py --compile --out docs/benchmarks/quantization
     SPARSEC_DATA=... python tools/quant_table.py --model dscnn --variant "equalize=weights" --out /tmp/try
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -77,6 +79,12 @@ class Cell:
     passes: tuple[str, ...]
     build: bool
     keep: str = ""
+
+    @property
+    def kept(self) -> Path | None:
+        """Where the resulting model is kept."""
+        name = re.sub(r"[^a-z0-9.]+", "-", f"{self.model} {self.variant}".lower())
+        return Path(self.keep) / f"{name}.onnx" if self.keep else None
 
 
 def quantized_then_pruned(dense: Any, pruned: Any, passes: list[str], data: Any) -> Any:
@@ -157,7 +165,17 @@ def measure(cell: Cell, folder: Path) -> dict[str, Any]:
         "cpu_seconds": cpu,
         "peak_mib": peak,
     }
+    if cell.kept is not None:
+        cell.kept.write_bytes(model_bytes(made))
     return {**result, **built(made, {name: x[:PARITY]})} if cell.build else result
+
+
+def build(cell: Cell, folder: Path) -> dict[str, Any]:
+    """`built` of a model that was kept."""
+    from sparsec.loading import load_model
+
+    model = load_model(cell.kept)
+    return built(model, {str(model.graph.inputs[0].name): DATA[cell.model](folder)[1][0][:PARITY]})
 
 
 def followed(pruned: Any, original: Any, passes: list[str], data: Any) -> Any:
@@ -213,10 +231,10 @@ def cells(arguments: argparse.Namespace) -> Iterator[Cell]:
             yield Cell(model, variant, passes, arguments.compile, arguments.keep)
 
 
-def run(cell: Cell) -> dict[str, Any]:
-    """`measure` in a process of its own, on one thread."""
+def run(cell: Cell, what: str = "--cell") -> dict[str, Any]:
+    """`measure` (or `build`) in a process of its own, on one thread."""
     environment = {**os.environ, **dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")}
-    command = [sys.executable, __file__, "--cell", json.dumps(asdict(cell))]
+    command = [sys.executable, __file__, what, json.dumps(asdict(cell))]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         sys.exit(f"{cell.model} {cell.variant}: {result.stderr.strip()[-2000:]}")
@@ -270,26 +288,32 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also build each for this machine")
     parser.add_argument("--out", type=Path, default=Path("quantization"), help="OUT.json and OUT.md")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--build", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if "SPARSEC_DATA" not in os.environ:
         sys.exit("SPARSEC_DATA names no folder of models and data")
     folder = Path(os.environ["SPARSEC_DATA"])
-    if arguments.cell:
-        given = json.loads(arguments.cell)
-        print(json.dumps(measure(Cell(**{**given, "passes": tuple(given["passes"])}), folder)))
+    if arguments.cell or arguments.build:
+        given = json.loads(arguments.cell or arguments.build)
+        cell = Cell(**{**given, "passes": tuple(given["passes"])})
+        print(json.dumps(measure(cell, folder) if arguments.cell else build(cell, folder)))
         return
     if arguments.orders and not arguments.keep:
         sys.exit("--orders needs --keep FOLDER, where pruned models are shared")
     document = arguments.out.with_suffix(".json")
     results: list[dict[str, Any]] = json.loads(document.read_text()) if document.exists() else []
     for cell in cells(arguments):
-        if any((r["model"], r["variant"]) == (cell.model, cell.variant) for r in results):
+        row = next((r for r in results if (r["model"], r["variant"]) == (cell.model, cell.variant)), None)
+        if row is not None and (not cell.build or "same_top1" in row or cell.kept is None or not cell.kept.exists()):
             continue
         print(f"{cell.model} {cell.variant}", file=sys.stderr, flush=True)
-        results.append(run(cell))
+        if row is None:
+            results.append(run(cell))
+        else:
+            row.update(run(cell, "--build"))
         document.write_text(json.dumps(results, indent=1) + "\n")
         arguments.out.with_suffix(".md").write_text(report(results))
-        print(table(results[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+        print(table([row or results[-1]]).splitlines()[-1], file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
