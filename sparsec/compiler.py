@@ -29,12 +29,13 @@ from sparsec.codegen import kernel_text
 from sparsec.data import Data, Images, InputSpec, input_spec, load_data
 from sparsec.errors import CheckError, RuntimeUnavailable, UsageError
 from sparsec.limits import DEFAULT, Limits
-from sparsec.loading import load_model, model_bytes
+from sparsec.loading import model_bytes
 from sparsec.lowering import lower
 from sparsec.lowering.predict import layer_price
 from sparsec.passes.quantized_ports import QuantizedPorts, port_quantization
 from sparsec.passes_api import resolve_passes
 from sparsec.pipeline import run_passes
+from sparsec.preflight import preflight
 from sparsec.program import Program
 from sparsec.recipe import Recipe, load_recipe
 from sparsec.targets import Target, find_target, missing_features, with_precision
@@ -200,7 +201,8 @@ def _rewrite(
 ) -> Rewritten:  # fmt: skip
     notes: list[str] = []
     steps = resolve_passes(passes, recipe, plugins)  # a wrong pass is said before the model is read
-    loaded = load_model(model, {**recipe.shapes, **(shapes or {})}, bind, notes, limits)
+    before = target if steps or fit is not None else None  # else lowering comes next anyway
+    loaded = preflight(model, {**recipe.shapes, **(shapes or {})}, bind, notes, limits, before)
     source = calibration if calibration is not None else recipe.calibration
     data = None
     if source is not None:

@@ -30,13 +30,13 @@ def inspect_verb(path: str, machine: Machine, fixed: Fixed, as_json: bool, verbo
         result = inspect_artifact(load(path))
     else:
         target = machine.find()
-        from sparsec.loading import load_model
+        from sparsec.preflight import preflight
 
         notes: list[str] = []
         with progress() as say:
             say("lowering")
             result = inspect_model(
-                load_model(path, fixed.shapes, fixed.bind, notes, fixed.limits), target, Path(path).stem
+                preflight(path, fixed.shapes, fixed.bind, notes, fixed.limits), target, Path(path).stem
             )
         for text in notes:
             note(text)
