@@ -12,7 +12,7 @@ import pytest
 from sparsec.errors import DataError, RecipeError
 from sparsec.loading import load_model, model_bytes
 from sparsec.passes.fold_constants import constant
-from sparsec.passes.layers import weighted_layers
+from sparsec.passes.layers import block_sums, weighted_layers
 from sparsec.passes.masks import Pattern, draw_masks
 from sparsec.passes.quantize import Quantize
 from sparsec.passes_api import Context, Stacked, parse_spec
@@ -195,21 +195,26 @@ def test_zeros_stay_zero(pattern: str, options: dict) -> None:
     assert len(found) == (2 if options.get("weights") else 5)
 
 
-def test_pruning_before_is_made_up_for_with_the_mask_held() -> None:
+@pytest.mark.parametrize("block", ["4x1", "1x4", "4x4", "8x4"])
+def test_pruning_before_is_made_up_for_with_the_mask_held(block: str) -> None:
     """Rounded towards the outputs before pruning: better than rounding what pruning left towards itself."""
-    made, held = classifier(), images(60, seed=7)
+    made, held, data = classifier(), images(60, seed=7), images(96)
     reference = outputs(made, held)
-    data = images(96)
-    spec = ["prune:sparsity=0.5,block=4x1,allocation=uniform,include=Conv_5+Gemm*", "quantize:fallback=none"]
-    joint, _ = run_passes(ir.from_proto(ir.to_proto(made)), spec, calibration=data)
-    alone, _ = run_passes(
-        ir.from_proto(ir.to_proto(made)),
-        [spec[0].replace("prune:", "prune:refit=none,"), "quantize:fallback=none,trust=0,correct=false"],
-        calibration=data,
+    arranged = f"rearrange:block={block},include=Conv_5+Gemm*"
+    prune = f"prune:sparsity=0.5,block={block},allocation=uniform,include=Conv_5+Gemm*"
+    joint, alone = (
+        run_passes(ir.from_proto(ir.to_proto(made)), passes, calibration=data)[0]
+        for passes in (
+            [arranged, prune, "quantize:fallback=none"],
+            [arranged, f"{prune},refit=none", "quantize:fallback=none,trust=0,correct=false"],
+        )
     )
     assert error(outputs(joint, held), reference) < 0.6 * error(outputs(alone, held), reference)
-    zeros = [float((q == 0).mean()) for _, q, _, _ in stored_weights(joint)]
-    assert max(zeros) >= 0.45
+    rows, columns = map(int, block.split("x"))
+    found = {str(node.inputs[0].name): q for node, q, *_ in stored_weights(joint)}
+    for name in ("w2_quantized", "w3_quantized"):
+        kept = block_sums(np.abs(found[name].astype(int)).reshape(*found[name].shape[:2], 1, 1), rows, columns)
+        assert np.mean(kept == 0) == pytest.approx(0.5, abs=0.13)
 
 
 # ---- what decides accuracy
