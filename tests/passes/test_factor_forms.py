@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsec.errors import RecipeError
-from sparsec.passes import cospadi
+from sparsec.passes import cospadi, residual_sparse
 from sparsec.passes.armor import Armor, block_mask, blocks
 from sparsec.passes.cospadi import Dictionary, ksvd, omp
 from sparsec.passes.factor_forms import Menu, stored_bytes
@@ -14,7 +14,7 @@ from sparsec.passes.low_rank import Svd
 from sparsec.passes.masks import Pattern, n_of_m_mask
 from sparsec.passes.metric import Metric, Objective
 from sparsec.passes.monarch import Monarch
-from sparsec.passes.residual_sparse import LowRankPlusSparse, Sparse
+from sparsec.passes.residual_sparse import ROUGH, LowRankPlusSparse, Sparse, on_mask, swapped
 from tests.passes.test_low_rank import goal
 
 BOTH = pytest.mark.parametrize("white", [False, True])
@@ -56,6 +56,41 @@ def test_planted_low_rank_plus_sparse_is_found() -> None:
     both = wanted.loss(LowRankPlusSparse(Svd(2), density).build(wanted)) / wanted.power
     alone = min(wanted.loss(Svd(5).build(wanted)), wanted.loss(Sparse(0.5).build(wanted))) / wanted.power
     assert both < 1e-3 < alone
+
+
+@BOTH
+def test_one_weight_of_a_swap_lowers_the_loss_by_its_curvature(white) -> None:
+    """Of all single weights the one drawn is, U V solved again, about the best; the estimate is first order in U V."""
+    wanted, form = goal((9, 8, 1, 1), 4, white), Svd(2)
+    low = form.build(wanted)
+    rest = wanted.minus(low.dense())
+    drawn = swapped(rest, low, np.zeros(wanted.shape), 1 / 72, Pattern())
+    assert np.count_nonzero(drawn) == 1
+    losses = np.empty((9, 8))
+    for i, j in np.ndindex(9, 8):
+        mask = np.zeros(wanted.shape, bool)
+        mask[i, j] = True
+        s = np.zeros(wanted.shape)
+        for _ in range(200):
+            s = on_mask(wanted.minus(form.build(wanted.minus(s)).dense()), mask)
+        losses[i, j] = wanted.minus(s).loss(form.build(wanted.minus(s)))
+    assert losses[drawn[:, :, 0, 0]][0] <= np.quantile(losses, 0.1)
+    assert (losses < wanted.loss(low)).all()
+
+
+def test_the_search_is_not_above_alternation_with_one_way_to_draw_masks() -> None:
+    wanted = goal((24, 20, 1, 1), 5, True)
+    both = wanted.loss(LowRankPlusSparse(Svd(4), 0.1).build(wanted))
+    for prunes, swaps in ((4, 0), (0, 12)):
+        ways = residual_sparse.rounds(wanted, Svd(4), 0.1, Pattern(), prunes, swaps)
+        assert both <= min(found.loss for found in ways) * (1 + 1e-9)
+
+
+def test_a_form_is_compared_roughly_and_built_in_full() -> None:
+    wanted = goal((24, 20, 1, 1), 5, True)
+    rough = LowRankPlusSparse(Svd(4), 0.1, work=ROUGH)
+    assert rough.fine == LowRankPlusSparse(Svd(4), 0.1) and str(rough.fine) == str(rough)
+    assert wanted.loss(rough.fine.build(wanted)) <= wanted.loss(rough.build(wanted)) * (1 + 1e-9)
 
 
 def test_sparse_alone_is_refitted() -> None:
@@ -206,3 +241,10 @@ def test_stored_bytes_takes_the_smallest_form() -> None:
     single[3, 3] = 1
     assert stored_bytes(single) == min(6 + 4 * 17, 18 + 4 * 5, 34 + 4 * 3, 66 + 4 * 2)
     assert Metric().loss(np.eye(3)) == 3
+
+
+def test_stored_bytes_of_blocks_of_four_inputs() -> None:
+    weight = np.zeros((8, 16, 1, 1))
+    weight[:, 4:8] = 1
+    assert stored_bytes(weight) == 1 * (4 * 32 + 2) + 4 * 2  # one 8 x 4 block, one group
+    assert stored_bytes(weight[:, :15]) > stored_bytes(weight)  # 15 inputs have no blocks of four
