@@ -14,8 +14,7 @@ of the layers before it included) and the measured damage of the whole stand bes
 
 Never changed: shapes and names of inputs and outputs; layers that no glob of `include` names or one of `exclude` does.
 
-One budget for pruning and quantization: CLIP-Q, Tung & Mori 2018; sparse, low rank and quantized together: SLiM,
-arXiv:2410.09615.
+One budget for pruning and quantization: CLIP-Q, Tung & Mori 2018; sparse, low rank and quantized together: SLiM, 2024.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Write real models as products of smaller layers with calibration data only, and measure what that costs.
 
-Four tables, each measured on samples that calibration never saw:
+Five tables, errors measured on samples that calibration never saw:
 
     layers     squared error of every layer's output at half its parameters: whitened factors over plain SVD
     bytes      the same at equal stored bytes: low rank alone, sparse alone, both
     accuracy   the whole model: top-1 where there are labels, else the relative squared error of the outputs
     speed      the compiled model on this machine against what its multiply-adds promise
+    parity     models with every form in them on host and arm, beside ONNX Runtime
 
     SPARSEC_DATA=... python tools/factorize_table.py layers --model kwt1 --out docs/benchmarks/low_rank
 """
@@ -282,8 +283,9 @@ def stacked(samples: Samples) -> Samples:
 
 
 def speed_rows(given: Case, shares: list[float], rounds: int, keep: Path) -> Iterator[dict[str, Any]]:
-    """Compiled for this machine with ranks of at least 16: measured speed-up over the one that multiply-adds promise, of
-    the whole model (in turns) and of the layers that were factorized (their steps called one by one)."""
+    """Compiled for this machine with ranks of at least 16: measured speed-up of the whole model (in turns) and of the layers
+    that were factorized (their steps called one by one), over the one that multiply-adds promise. `model promised`: of the
+    whole, when what is no multiply-add of a factorized layer takes the time that it took."""
     from bench.layers import layer_times
 
     import sparsec
@@ -321,16 +323,41 @@ def speed_rows(given: Case, shares: list[float], rounds: int, keep: Path) -> Ite
         before, after = multiply_adds(dense), multiply_adds(made)
         promised, measured = sum(before.values()) / sum(after.values()), faster(dense, made, rounds)
         row = {
-            "model": given.name, "asked": share, "layers": f"{len(changed)} of {len(before)}", "promised": promised,
-            "measured": measured, "of promise": measured / promised,
+            "model": given.name, "asked": share, "layers": f"{len(changed)} of {len(before)}", "multiply-adds": promised,
+            "measured": measured, "of them": measured / promised,
         }  # fmt: skip
         if changed:
             parts = [name for name in after if name.rpartition("/")[0] in changed]
             old, new = times(dense), times(made)
             promised = sum(before[n] for n in changed) / sum(after[n] for n in parts)
             measured = sum(old[n] for n in changed) / sum(new[n] for n in parts)
-            row |= {"layers promised": promised, "layers measured": measured, "layers of promise": measured / promised}
+            # What the model would gain if these layers took as much less time as they have fewer multiply-adds.
+            share = sum(old[n] for n in changed) / sum(old.values())
+            whole = 1 / (1 - share + share / promised)
+            row |= {"share of time": share, "model promised": whole, "of it": row["measured"] / whole}
+            row |= {"layers multiply-adds": promised, "layers measured": measured, "layers of it": measured / promised}
         yield row
+
+
+# ---- parity
+
+
+def parity_rows(given: Case, share: float = 0.6) -> Iterator[dict[str, Any]]:
+    """Every form on, compiled for this machine and for arm: the error beside ONNX Runtime over the one that is allowed."""
+    import sparsec
+
+    forms = "forms=svd+spatial+tucker,residual=sparse,faster=false,method=plain,allocation=uniform"
+    model = sparsec.rewrite(given.load(), passes=[f"factorize:parameters={share},{forms}"])
+    nodes = [str(node.name).rpartition("/")[2] for node in model.graph]
+    for target in ("host", "arm"):
+        made = sparsec.compile(model, target, threads=1)
+        fused = [row["op"] for row in made.report["layers"] if any(n.endswith("/sum") for n in row["nodes"])]
+        parity = made.manifest["parity"]
+        yield {
+            "model": given.name, "target": target, "low rank": nodes.count("u"), "with S": nodes.count("sum"),
+            "sums in a kernel": sum(op.startswith(("Conv", "Gemm", "MatMul")) for op in fused),
+            "parity": "not run here" if parity is None else json.dumps(parity),
+        }  # fmt: skip
 
 
 # ---- writing
@@ -370,7 +397,7 @@ def summary(kind: str, rows: list[dict[str, Any]]) -> Iterator[str]:
 def main() -> None:
     """Measure, and write OUT-KIND.json and OUT-KIND.md after every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("layers", "bytes", "accuracy", "speed"))
+    parser.add_argument("kind", choices=("layers", "bytes", "accuracy", "speed", "parity"))
     parser.add_argument("--model", action="append", choices=FILES)
     parser.add_argument("--share", action="append", type=float)
     parser.add_argument("--row", action="append", choices=ROWS)
@@ -395,6 +422,8 @@ def main() -> None:
             found = (row for share in shares for row in byte_rows(given, share))
         elif arguments.kind == "accuracy":
             found = accuracy_rows(given, shares, arguments.recover, arguments.row or list(ROWS))
+        elif arguments.kind == "parity":
+            found = parity_rows(given)
         else:
             found = speed_rows(given, shares, arguments.rounds, arguments.keep)
         for row in found:
