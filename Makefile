@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help demo test test-torch lint types wheel clean qemu
+.PHONY: help demo test test-torch test-backend lint types wheel clean qemu
 
 help:
 	@echo "make demo    install, then compile, run and verify the shipped model on host and arm"
 	@echo "make test    install, then run the whole suite"
 	@echo "make test-torch   install torch too, then run the tests that need it"
+	@echo "make test-backend every node test of onnx.backend.test, about 4 minutes of CPU time; make test runs a sixth of them"
 	@echo "make lint    ruff          make types   mypy"
 	@echo "make wheel   build the wheel into dist/"
 
@@ -29,6 +30,9 @@ test: $(BIN)/.installed
 test-torch: $(BIN)/.installed
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[torch]'
 	$(BIN)/python -m pytest tests/passes/test_torch_graph.py tests/passes/test_recover.py
+
+test-backend: $(BIN)/.installed
+	$(BIN)/python -W ignore tools/backend_suite.py --jobs $(JOBS)
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

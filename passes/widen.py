@@ -16,6 +16,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from sparsec.errors import RecipeError
 from sparsec.passes.fold_constants import remove_unused_initializers
 from sparsec.passes_api import Context, Pass, PassResult
 
@@ -34,7 +35,7 @@ class Widen(Pass):
         graph = model.graph
         half = [v for v in _values(graph) if v.dtype == HALF]
         if all(map(_only_cast, half)):
-            return PassResult(model, False)
+            raise RecipeError("the model computes nothing in float16; leave the pass out", self.name)
         for node in ir.traversal.RecursiveGraphIterator(graph):
             _widen_attributes(node)
         for value in half:

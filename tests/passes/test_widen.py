@@ -4,7 +4,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
+import pytest
 
+from sparsec.errors import RecipeError
 from sparsec.passes.widen import Widen
 
 
@@ -26,8 +28,10 @@ def test_computes_in_float32_between_half_inputs_and_outputs(model) -> None:
     exact = np.maximum(x.astype(np.float64) @ w.astype(np.float64), 0)
     np.testing.assert_array_equal(y, (exact + 1).astype(np.float16))  # rounded once
     np.testing.assert_allclose(t, exact, rtol=1e-5, atol=1e-5)
-    assert not Widen()(made).modified
+    with pytest.raises(RecipeError, match="nothing in float16"):
+        Widen()(made)
 
 
-def test_a_float_model_is_left_alone(model, rewrite) -> None:
-    assert rewrite(model("g (float[3] x) => (float[3] y) { y = Relu(x) }"), Widen()) == ["Relu"]
+def test_a_float_model_is_refused(model) -> None:
+    with pytest.raises(RecipeError, match="nothing in float16"):
+        Widen()(model("g (float[3] x) => (float[3] y) { y = Relu(x) }"))
