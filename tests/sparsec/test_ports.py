@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +85,9 @@ def plain(models: Path) -> sparsec.Artifact:
 
 @pytest.fixture(scope="module")
 def eight(models: Path, tmp_path_factory: pytest.TempPathFactory) -> sparsec.Artifact:
-    return sparsec.compile(models / "int8.onnx", "host", io="quantized", output=tmp_path_factory.mktemp("eight"))
+    return sparsec.compile(
+        models / "int8.onnx", "host", io="quantized", output=tmp_path_factory.mktemp("eight") / "net.sparsec"
+    )
 
 
 def meaning(tensor: dict[str, Any]) -> Quantization:
@@ -194,6 +199,31 @@ def test_the_c_api_says_the_same(eight: sparsec.Artifact) -> None:
         y = np.zeros((1, 6), np.uint8)
         assert model.run([stored], [y]) == c_api.OK
     np.testing.assert_array_equal(y, eight.run(eight.quantize({"x": x}))["y"])
+
+
+def test_the_page_shows_c_that_quantizes(eight: sparsec.Artifact, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "ports.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```c\n(.*?)```", page, re.DOTALL)
+    x = samples(1)
+    program = f"""
+        #include <math.h>
+        #include <stdio.h>
+        #include "model.h"
+        int main(int count, char **values) {{
+            static float real[{x.size}]; static uint8_t stored[{x.size}];
+            FILE *file = count > 1 ? fopen(values[1], "rb") : NULL;
+            if (!file || fread(real, sizeof real, 1, file) != 1) return 1;
+            sparsec_model *model = NULL;
+            {code}
+            return fwrite(stored, sizeof stored, 1, stdout) != 1;
+        }}"""
+    (tmp_path / "quantize.c").write_text(program)
+    (tmp_path / "x.bin").write_bytes(x.tobytes())
+    command = [sys.executable, "-m", "ziglang", "cc", "-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{eight.path}"]
+    libraries = [str(eight.path / "libmodel.a"), "-lm", "-lpthread"]
+    subprocess.run([*command, "quantize.c", *libraries, "-o", "quantize"], cwd=tmp_path, check=True)
+    done = subprocess.run([tmp_path / "quantize", "x.bin"], cwd=tmp_path, check=True, capture_output=True)
+    assert done.stdout == eight.quantize({"x": x})["x"].tobytes()
 
 
 def test_arm(models: Path, eight: sparsec.Artifact) -> None:
