@@ -1,0 +1,92 @@
+"""`python -m fuzz.run TARGET... [--runs N | --seconds S] [--seed N] [--keep DIR] [--atheris]`; without TARGET, all of them.
+
+Without atheris, seeds are damaged at random, without knowledge of coverage: quick, the same on every machine, part of the
+test suite. With it (the extra `fuzz`; a target at a time) libFuzzer looks for inputs that reach new lines of the Python
+code; what follows `--` goes to libFuzzer. An input that fails is written to `--keep`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from fuzz.targets import TARGETS
+
+
+def fuzz(name: str, runs: int, seconds: float, seed: int, keep: Path | None = None) -> Counter[str]:
+    """Execute a target on damaged seeds: how often it did. Raises what a failing input raised."""
+    target = TARGETS[name]
+    seeds = target.seeds()
+    rng = random.Random(f"{name} {seed}")
+    corpus = list(seeds)
+    counts: Counter[str] = Counter()
+    end = time.monotonic() + seconds
+    for data in seeds:
+        target.run(data)
+    while counts["executions"] < runs and time.monotonic() < end:
+        data = target.mutate(rng.choice(corpus), rng, seeds)
+        try:
+            target.run(data)
+        except BaseException:
+            if keep is not None:
+                keep.mkdir(parents=True, exist_ok=True)
+                path = keep / f"{name}-{hashlib.sha256(data).hexdigest()[:12]}"
+                path.write_bytes(data)
+                print(f"{name}: fails on {path}", file=sys.stderr)
+            raise
+        counts["executions"] += 1
+        if rng.random() < 0.05 and len(corpus) < 200:
+            corpus.append(data)  # damage upon damage
+    return counts
+
+
+def with_atheris(name: str, arguments: list[str]) -> None:
+    """Hand a target to libFuzzer; does not return."""
+    import atheris
+
+    with atheris.instrument_imports(include=["sparsec", "yaml", "json", "zipfile"], enable_loader_override=False):
+        import sparsec.artifact
+        import sparsec.loading
+        import sparsec.npz
+        import sparsec.recipe
+        import sparsec.tuning  # noqa: F401
+    target = TARGETS[name]
+    seeds = target.seeds()
+    corpus = Path("fuzz/corpus", name)
+    corpus.mkdir(parents=True, exist_ok=True)
+    for data in seeds:
+        (corpus / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
+
+    def custom(data: bytes, size: int, seed: int) -> bytes:
+        return target.mutate(data, random.Random(seed), seeds)[:size]
+
+    atheris.Setup([sys.argv[0], *arguments, str(corpus)], target.run, custom_mutator=custom)
+    atheris.Fuzz()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", nargs="*", choices=[*TARGETS, []], help=", ".join(TARGETS))
+    parser.add_argument("--runs", type=int, default=1 << 40)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, default=Path("fuzz/failures"))
+    parser.add_argument("--atheris", action="store_true")
+    given, rest = parser.parse_known_args()
+    names = given.target or list(TARGETS)
+    if given.atheris:
+        with_atheris(names[0], [f"-max_total_time={int(given.seconds)}", *[a for a in rest if a != "--"]])
+    for name in names:
+        start, used = time.monotonic(), time.process_time()
+        counts = fuzz(name, given.runs, given.seconds, given.seed, given.keep)
+        times = f"{time.monotonic() - start:.0f} s, {time.process_time() - used:.0f} s of this process"
+        print(f"{name:12} {counts['executions']:>9} executions, {times}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
