@@ -23,9 +23,9 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from sparsec import measure
-from sparsec.kernels import gemm, weight_only
+from sparsec.kernels import gemm, integers, weight_only
 from sparsec.kernels.base import KernelCall
-from sparsec.kernels.weight_only import Stored
+from sparsec.kernels.integers import Stored
 from sparsec.program import Kernel
 from sparsec.targets import find_target
 
@@ -119,7 +119,7 @@ def candidates(m: int, k: int, n: int, group: int, count: int) -> dict[str, tupl
     found: dict[str, tuple[Sampler, float]] = {}
 
     def add(name: str, made: tuple[Sampler, np.ndarray], last: Stored) -> None:
-        exact = weight_only.reference(last, x)
+        exact = integers.reference(last, x)
         found[name] = made[0], float(np.abs(made[1] - exact).max() / np.abs(exact).max())
 
     for bits in (8, 4):

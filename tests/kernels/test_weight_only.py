@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import Layer, check_layers
 
-from sparsec.kernels import weight_only
+from sparsec.kernels import integers, weight_only
 from sparsec.kernels.epilogue import NONE, RELU, Activation
 from sparsec.kernels.gemm import Tiling
-from sparsec.kernels.weight_only import Stored
+from sparsec.kernels.integers import Stored
 from sparsec.targets import find_target, with_precision
 
 EPS = np.finfo(np.float32).eps
@@ -37,13 +37,13 @@ def layer(machine, m, stored, *, activation=NONE, residual="none", with_bias=Tru
     call = weight_only.bind(
         machine, m=m, stored=stored, bias=bias, activation=activation, residual=residual, tiling=tiling
     )
-    expected = weight_only.reference(
+    expected = integers.reference(
         stored, x.astype("f"), bias, activation=activation, residual=residual, other=other.astype(np.float64)
     )
     apart = Stored(
         stored.bits, stored.group, -np.abs(stored.q), stored.scale, None if stored.zero is None else np.abs(stored.zero)
     )
-    magnitudes = np.abs(weight_only.reference(apart, np.abs(x).astype("f")))  # |q| + |zero|
+    magnitudes = np.abs(integers.reference(apart, np.abs(x).astype("f")))  # |q| + |zero|
     tolerance = (k + 4) * EPS * (magnitudes + 8)
     if machine.element == "float16":
         tolerance = tolerance + 2.0**-10 * (np.abs(expected) + 8)
@@ -94,18 +94,18 @@ def test_float16(bits):
 )  # fmt: skip
 def test_pack_round_trip(n, k, group, bits, tiling):
     stored = stored_weight(n, k, bits, min(group, k), True)
-    packed = weight_only.pack(stored, None, tiling)
-    np.testing.assert_array_equal(weight_only.unpack(packed["weights"], stored, tiling), stored.q)
+    packed = integers.pack(stored, None, tiling)
+    np.testing.assert_array_equal(integers.unpack(packed["weights"], stored, tiling), stored.q)
 
 
 def test_the_reals_are_those_of_the_reference():
     stored = stored_weight(6, 40, 4, 16, True)
-    np.testing.assert_allclose(stored.real().T, weight_only.reference(stored, np.eye(40)), rtol=4 * EPS)
+    np.testing.assert_allclose(stored.real().T, integers.reference(stored, np.eye(40)), rtol=4 * EPS)
 
 
 def test_half_a_byte_a_weight():
     stored = stored_weight(64, 1024, 4, 128, False)
-    packed = weight_only.pack(stored, None, Tiling(1, 4, 16))
+    packed = integers.pack(stored, None, Tiling(1, 4, 16))
     assert packed["weights"].nbytes == 64 * 1024 // 2
     assert stored.bytes == packed["weights"].nbytes + packed["scales"].nbytes
 

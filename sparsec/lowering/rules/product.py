@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from sparsec.kernels import fc, gemm, weight_only
 from sparsec.kernels.base import KernelCall, Machine
-from sparsec.kernels.weight_only import Stored
+from sparsec.kernels.integers import Stored
 from sparsec.lowering.match import VIEWS, Group, attribute, constant, dims, fuse, only_consumer, scalar
 from sparsec.lowering.prices import SPARSE_FROM, Bound, Prices, Way, choose
 from sparsec.lowering.rules.base import Context, Taken, emit_simple, float_input

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from sparsec.kernels import weight_only
 from sparsec.kernels.base import Machine
-from sparsec.kernels.weight_only import Stored
+from sparsec.kernels.integers import Stored
 from sparsec.lowering.match import attribute, constant
 from sparsec.lowering.prices import Way
 
@@ -51,7 +51,7 @@ def stored_weight(value: ir.Value | None, inputs: int) -> Stored | None:
 
 def kept_ways(machine: Machine, m: int, stored: Stored) -> list[Way]:
     """The ways to multiply m rows by a weight that stays integers."""
-    name = machine.named(stored.form.name)
+    name = machine.named(weight_only.form_of(stored).name)
     return [
         Way(name, False, us, stored, tiling, kept=True) for us, tiling in weight_only.ranked_tilings(machine, m, stored)
     ]
