@@ -18,6 +18,7 @@ from onnx.backend.base import BackendRep, namedtupledict
 
 from sparsec.errors import DataError, UnsupportedError
 from sparsec.inprocess import InProcess
+from sparsec.limits import DEFAULT, Limits
 from sparsec.loading import load_model
 from sparsec.lowering import lower
 from sparsec.program import Program
@@ -94,14 +95,16 @@ def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
         yield from attribute.graphs
 
 
-def lowered(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray], target: Target) -> Program:
+def lowered(
+    model: onnx.ModelProto, inputs: Mapping[str, np.ndarray], target: Target, limits: Limits = DEFAULT
+) -> Program:
     """`model` lowered for the shapes of `inputs`, the values of those that shapes depend on fixed."""
     fixed = {*shape_inputs(model.graph), *(value.name for value in model.graph.initializer)}
     bound = [name for name in inputs if name in fixed]
     shapes = {name: array.shape for name, array in inputs.items() if name not in fixed}
     if bound:
         model = _with_constants(model, {name: inputs[name] for name in bound})
-    return lower(load_model(model, shapes), target)
+    return lower(load_model(model, shapes, limits=limits), target)
 
 
 def _with_constants(model: onnx.ModelProto, values: Mapping[str, np.ndarray]) -> onnx.ModelProto:
@@ -120,8 +123,9 @@ def _with_constants(model: onnx.ModelProto, values: Mapping[str, np.ndarray]) ->
 class Prepared(BackendRep):
     """A model that is compiled when it first sees inputs, and for each new set of shapes."""
 
-    def __init__(self, model: onnx.ModelProto, target: Target) -> None:
+    def __init__(self, model: onnx.ModelProto, target: Target, limits: Limits = DEFAULT) -> None:
         self._model = model
+        self._limits = limits
         self._target = target
         constant = {value.name for value in model.graph.initializer}
         self._names = [value.name for value in model.graph.input if value.name not in constant]
@@ -139,7 +143,7 @@ class Prepared(BackendRep):
             (name, array.shape, array.tobytes() if name in self._shape_inputs else b"") for name, array in feeds.items()
         )
         if key not in self._compiled:
-            self._compiled[key] = InProcess(lowered(self._model, feeds, self._target))
+            self._compiled[key] = InProcess(lowered(self._model, feeds, self._target, self._limits))
         executable = self._compiled[key]
         results = executable.run({tensor.name: feeds[tensor.name] for tensor in executable.program.inputs})
         names = [value.name for value in self._model.graph.output]
@@ -164,9 +168,9 @@ class Backend(OnnxBackend):
 
     @classmethod
     def prepare(cls, model: onnx.ModelProto, device: str = "CPU", **kwargs: Any) -> Prepared:
-        """`model`, to be compiled at its first run. `target`: a `Target`, by default this machine's CPU."""
+        """`model`, to be compiled at its first run. `target`: a `Target`, by default this machine's CPU; `limits`: `Limits`."""
         super().prepare(model, device)
-        return Prepared(model, kwargs.get("target") or find_target("host"))
+        return Prepared(model, kwargs.get("target") or find_target("host"), kwargs.get("limits") or DEFAULT)
 
     @classmethod
     def supports_device(cls, device: str) -> bool:

@@ -23,6 +23,11 @@ REMOVED = {
     "tile": ("b = Tile(a, s)", {"s": np.ones(3, I64)}),
     "slice": ("b = Slice(a, s, e)", {"s": np.zeros(1, I64), "e": np.array([99], I64)}),
     "max": ("b = Max(a)", {}),
+    "split into all": ("b = Split<axis = 1, num_outputs = 1>(a)", {}),
+    "split into all and nothing, and together again": (
+        "c, d = Split<axis = 2>(a, s) b = Concat<axis = 2>(c, d)",
+        {"s": np.array([4, 0], I64)},
+    ),
 }
 
 
@@ -49,6 +54,12 @@ def test_must_not_match(model, rewrite, body: str, weights: dict) -> None:
     made = model(f"g (float[3,3,4] x) => (float[3,3,4] y) {{ a = Relu(x) {body} y = Neg(b) }}", **weights)
     before = [node.op_type for node in made.graph]
     assert rewrite(made, RemoveNoOps()) == before
+
+
+def test_empty_parts_of_a_concat_are_left_out(model, rewrite) -> None:
+    made = model("g (float[2,3] x, float[0,3] e) => (float[4,3] y) { a = Relu(x) y = Concat<axis = 0>(e, a, x) }")
+    assert rewrite(made, RemoveNoOps()) == ["Relu", "Concat"]
+    assert [value.name for value in made.graph.node(1).inputs] == ["a", "x"]
 
 
 def test_dropout_whose_mask_is_read_stays(model, rewrite) -> None:

@@ -1,0 +1,68 @@
+"""Bodies of operators that ONNX defines by others, against ONNX Runtime or the definition itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+
+from sparsec.functions import function_body
+from sparsec.opsets import inline_functions
+
+
+def single(node: onnx.NodeProto, opset: int, outputs: int = 1, **inputs: list[int]) -> onnx.ModelProto:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()]
+    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in node.output[:outputs]]
+    graph = helper.make_graph([node], "g", values, results)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+
+
+def same(model: onnx.ModelProto, inlined: onnx.ModelProto, seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
+    feeds = {v.name: rng.standard_normal([d.dim_value for d in v.type.tensor_type.shape.dim]).astype(np.float32) for v in model.graph.input}  # fmt: skip
+    for got, wanted in zip(
+        ReferenceEvaluator(inlined).run(None, feeds), ReferenceEvaluator(model).run(None, feeds), strict=True
+    ):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [None, [1, 2, 3]])
+def test_defaults_of_left_out_attributes_count(axes: list[int] | None) -> None:
+    """ONNX's inliner forgets them: without `axes` the mean would be taken over everything."""
+    node = helper.make_node("MeanVarianceNormalization", ["x"], ["y"], name="n", **({"axes": axes} if axes else {}))
+    model = single(node, 13, x=[3, 2, 4, 5])
+    inlined = inline_functions(onnx.ModelProto.FromString(model.SerializeToString()), "model")
+    assert "MeanVarianceNormalization" not in {n.op_type for n in inlined.graph.node}
+    same(model, inlined)
+
+
+def test_a_left_out_input_between_given_ones() -> None:
+    """Attention without a mask, with a cache: ONNX's inliner fails on it."""
+    shape = {"q": [1, 2, 3, 8], "k": [1, 2, 3, 8], "v": [1, 2, 3, 8], "pk": [1, 2, 4, 8], "pv": [1, 2, 4, 8]}
+    node = helper.make_node("Attention", ["q", "k", "v", "", "pk", "pv"], ["y", "nk", "nv"], name="n")
+    model = single(node, 23, outputs=3, **shape)
+    inlined = inline_functions(onnx.ModelProto.FromString(model.SerializeToString()), "model")
+    assert "Attention" not in {n.op_type for n in inlined.graph.node}
+    same(model, inlined)
+
+
+def test_names_and_attributes_are_those_of_the_use() -> None:
+    body = function_body(helper.make_node("Elu", ["in"], ["out"], alpha=3.0), 18, None)
+    assert body is not None
+    assert body[-1].output == ["out"]
+    assert {name for node in body for name in node.input} & {"in"}
+    assert all(
+        name in ("in", "out") or name.startswith("out/")
+        for node in body
+        for name in (*node.input, *node.output)
+        if name
+    )
+    constants = [a for node in body for a in node.attribute if node.op_type == "Constant"]
+    assert 3.0 in [a.f for a in constants]
+
+
+def test_no_definition() -> None:
+    assert function_body(helper.make_node("Conv", ["x", "w"], ["y"]), 21, None) is None
+    assert function_body(helper.make_node("NoSuchOperator", ["x"], ["y"]), 21, None) is None
