@@ -9,6 +9,8 @@ from typing import Any
 FAMILIES = (
     "conv",
     "conv.int8",
+    "conv.gathered",
+    "conv.paired",
     "depthwise",
     "depthwise_int8",
     "gemm",
@@ -19,6 +21,7 @@ FAMILIES = (
     "pool",
     "elementwise",
     "elementwise_int8",
+    "quantize_int8",
     "lookup_int8",
     "normalize",
 )

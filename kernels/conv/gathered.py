@@ -93,6 +93,11 @@ def unpack(packed: Packed, w_shape: tuple[int, int, int, int]) -> np.ndarray:
     return np.ascontiguousarray(matrix.reshape(oc, kh, kw, ic).transpose(0, 3, 1, 2))
 
 
+def padded(geometry: Geometry) -> Geometry:
+    """The geometry as it is: rows are channels, and any four make a word."""
+    return geometry
+
+
 # --- cost ------------------------------------------------------------------------------------------------------------
 
 
@@ -115,17 +120,13 @@ def cover(lanes: int, pixels: int) -> tuple[int, int]:
 
 
 def quad_cycles(machine: Machine, rows: int, pixels: int) -> float:
-    """Cycles of one quad for up to four vectors of pixels.
-
-    Arm's shuffles run where the sums do; on x86 (measured on Zen 5) a quarter of their time is seen beside the sums.
-    """
+    """Cycles of one quad for up to four vectors of pixels. Shuffles run where the sums do."""
     lanes, count = cover(machine.words().lanes, pixels)
     share = max(lanes / machine.words().lanes, 0.5 if machine.vector_bytes == 64 else 1.0)
     held = min(count, at_a_time(machine, rows))
     rounds = -(-count // held)
     shuffles = (2 * -(-held // 2) + held) * rounds
-    seen = shuffles / machine.fma * (1.0 if machine.lane_fma else 0.25)
-    vector = share * max(count * rows / machine.dots + seen, shuffles / (0.7 * machine.fma))
+    vector = share * (count * rows / machine.dots + shuffles / machine.fma)
     scalar = min(1.0, machine.loads / 2)
     weights = -(-rows // 4) if machine.lane_fma else rows
     loads = (WORD * share + (weights + WORD) * scalar) * rounds / machine.loads

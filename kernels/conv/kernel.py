@@ -310,11 +310,7 @@ class Convolution:
         count = 1 if self.limit else chains(self.machine, rows, parts)
         shape = [part.vectors(rows) for part in parts], [part.lanes for part in parts]
         sets = [emit.Accumulators(*shape, self.element) for _ in range(count)]
-        y, bias, scratch = self.buffers["y"], self.buffers.get("bias"), self.buffers["scratch"]
-        other = self.buffers["residual"] if self.residual != "none" else None
-
-        def where(r: int, at: int) -> Any:
-            return out + (first_row + r) * self.tiling.pixels + at
+        bias, scratch = self.buffers.get("bias"), self.buffers["scratch"]
 
         def begin(i: int, p: int) -> Any:
             part = parts[p]
@@ -330,38 +326,7 @@ class Convolution:
             return self.panel + first_row * self.tiling.width + (before + i) * self.tiling.lanes
 
         def finished() -> None:
-            straight = [(r, p) for r in range(rows) for p, part in enumerate(parts) if not part.turned]
-            for lanes in sorted({parts[p].lanes for _, p in straight}, reverse=True):
-                same = [(r, p) for r, p in straight if parts[p].lanes == lanes]
-                step = self.together(lanes)
-                for i in range(0, len(same), step):
-                    several(same[i : i + step], lanes)
-            for p, part in enumerate(parts):
-                for i in range(part.valid if part.turned else 0):
-                    total = sets[0].get(i, p)
-                    together = self.finished_rows(total, first_row, rows)
-                    for r in range(rows):
-                        if together is None:
-                            value = finish([T.Shuffle([total], [r])], [where(r, part.at + i)], [r], 1)
-                        else:
-                            value = together[r]
-                        emit.store(y, where(r, part.at + i), value, 1)
-
-        def several(some: list[tuple[int, int]], lanes: int) -> None:
-            """Rows and parts of some vectors: those of one row lie one behind the other."""
-            places = [where(r, parts[p].at) for r, p in some]
-            value = finish([sets[0].get(r, p) for r, p in some], places, [r for r, _ in some], lanes)
-            done = 0
-            for row, run in itertools.groupby(some, lambda pair: pair[0]):
-                run_parts = [parts[p] for _, p in run]
-                valid = sum(part.valid for part in run_parts)
-                width = lanes * len(run_parts)
-                emit.store(y, where(row, run_parts[0].at), value, width, valid, done)
-                done += width
-
-        def finish(totals: list[Any], places: list[Any], of_rows: list[int], lanes: int) -> Any:
-            others = [None if other is None else emit.load(other, at, lanes) for at in places]
-            return self.finished(totals, others, [first_row + r for r in of_rows], lanes)
+            self.store_sums(sets[0].get, first_row, rows, parts, out)
 
         def unfinished() -> None:
             for p, part in enumerate(parts):
@@ -378,6 +343,49 @@ class Convolution:
         for more in sets[1:]:
             sets[0].fill(lambda i, p, more=more: sets[0].get(i, p) + more.get(i, p))
         stage.choose(stage.last, finished, unfinished)
+
+    def store_sums(
+        self, get: Callable[[int, int], Any], first_row: Any, rows: int, parts: tuple[Part, ...], out: Any
+    ) -> None:
+        """Finish and store the sums of some rows. `get(i, p)`: of row i of straight part p, of pixel i of a turned one."""
+        y = self.buffers["y"]
+        other = self.buffers["residual"] if self.residual != "none" else None
+
+        def where(r: int, at: int) -> Any:
+            return out + (first_row + r) * self.tiling.pixels + at
+
+        def finish(totals: list[Any], places: list[Any], of_rows: list[int], lanes: int) -> Any:
+            others = [None if other is None else emit.load(other, at, lanes) for at in places]
+            return self.finished(totals, others, [first_row + r for r in of_rows], lanes)
+
+        def several(some: list[tuple[int, int]], lanes: int) -> None:
+            """Rows and parts of some vectors: those of one row lie one behind the other."""
+            places = [where(r, parts[p].at) for r, p in some]
+            value = finish([get(r, p) for r, p in some], places, [r for r, _ in some], lanes)
+            done = 0
+            for row, run in itertools.groupby(some, lambda pair: pair[0]):
+                run_parts = [parts[p] for _, p in run]
+                valid = sum(part.valid for part in run_parts)
+                width = lanes * len(run_parts)
+                emit.store(y, where(row, run_parts[0].at), value, width, valid, done)
+                done += width
+
+        straight = [(r, p) for r in range(rows) for p, part in enumerate(parts) if not part.turned]
+        for lanes in sorted({parts[p].lanes for _, p in straight}, reverse=True):
+            same = [(r, p) for r, p in straight if parts[p].lanes == lanes]
+            step = self.together(lanes)
+            for i in range(0, len(same), step):
+                several(same[i : i + step], lanes)
+        for p, part in enumerate(parts):
+            for i in range(part.valid if part.turned else 0):
+                total = get(i, p)
+                together = self.finished_rows(total, first_row, rows)
+                for r in range(rows):
+                    if together is None:
+                        value = finish([T.Shuffle([total], [r])], [where(r, part.at + i)], [r], 1)
+                    else:
+                        value = together[r]
+                    emit.store(y, where(r, part.at + i), value, 1)
 
     def _accumulate(self, sets: list[emit.Accumulators], rows: int, parts: tuple[Part, ...], terms: Terms) -> None:
         """The multiply-adds of one group; neighbouring columns go to different sets of accumulators."""

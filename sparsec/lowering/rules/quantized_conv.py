@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from sparsec.kernels import depthwise_int8
-from sparsec.kernels.base import Format, KernelCall, Machine
-from sparsec.kernels.conv import Geometry, gathered, int8
+from sparsec.kernels.base import Format, Machine
+from sparsec.kernels.conv import Geometry, gathered, int8, paired
 from sparsec.kernels.quantized import QuantType, Requantize, correction
 from sparsec.lowering.calls import Calls
 from sparsec.lowering.prices import SPARSE_FROM, Bound, Prices, Way, choose
@@ -42,9 +42,12 @@ def price_quantized_conv(machine: Machine, geometry: Geometry, w: np.ndarray, x:
         ways.append(Way(form.name, True, us, form, gathered.tiling_of(machine, geometry, form)))
         stored[form.name] = round(100 * quads * int8.WORD / (-(-w.shape[0] // form.rows) * geometry.taps))
 
+    if paired.able(machine):
+        ways += [Way(paired.FORM.name, False, us, paired.FORM, t) for us, t in paired.ranked(machine, geometry)]
+
     def calls(way: Way) -> Bound:
         scale = trial_scale(w)
-        prepare, main = _bind(
+        prepare, main = _family(way.form).bind(
             machine, geometry, w, x=x, w_scale=scale, steps=Requantize(x), form=way.form, tiling=way.tiling
         )
         if prepare is None:
@@ -56,11 +59,9 @@ def price_quantized_conv(machine: Machine, geometry: Geometry, w: np.ndarray, x:
     return Prices(facts, w.reshape(w.shape[0], -1), structure, tuple(ways), calls)
 
 
-def _bind(
-    machine: Machine, geometry: Geometry, w: np.ndarray, *, form: Format, **options: Any
-) -> tuple[KernelCall | None, KernelCall]:
-    family = gathered if form in gathered.TABLE else int8
-    return family.bind(machine, geometry, w, form=form, **options)
+def _family(form: Format) -> Any:
+    """The module of kernels that a stored form belongs to."""
+    return next(family for family in (int8, gathered, paired) if form in family.TABLE)
 
 
 def take_quantized_conv(node: ir.Node, context: Context) -> Taken | str | None:
@@ -108,7 +109,7 @@ def _emit(
     geometry = read.geometry
     prices = price_quantized_conv(machine, geometry, read.w, x.type)
     way, candidates, reason = choose(prices, context.tuning.find(group.name, prices) if context.tuning else None)
-    prepare, main = _bind(
+    prepare, main = _family(way.form).bind(
         machine,
         geometry,
         read.w,
@@ -123,8 +124,8 @@ def _emit(
     origin = declare(calls, x.value)
     y = declare(calls, group.output, "float32")
     if prepare is not None:
-        whole = geometry if way.form in gathered.TABLE else int8.padded(geometry)
-        prepared = calls.value(calls.fresh(f"{group.name}/prepared"), whole.prepared_shape, x.type.dtype)
+        shape = _family(way.form).padded(geometry).prepared_shape
+        prepared = calls.value(calls.fresh(f"{group.name}/prepared"), shape, x.type.dtype)
         calls.emit(prepare, {"x": origin, "prepared": prepared}, ("prepared",), names, group.name)
         origin = prepared
     bound = {"x": origin, "y": y}
