@@ -14,6 +14,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,16 +38,19 @@ beyond the test's tolerance, but no farther from the result in float64 than ONNX
 def outcomes(jobs: int, limit: int) -> list[Outcome]:
     """Of every test, in order; `jobs` processes, each with its part."""
     command = [sys.executable, "-W", "ignore", __file__, "--limit", str(limit), "--part"]
-    running = [
-        subprocess.Popen([*command, f"{i}/{jobs}"], stdout=subprocess.PIPE, text=True, cwd=ROOT) for i in range(jobs)
-    ]
     found: dict[str, Outcome] = {}
-    for process in running:
-        text, _ = process.communicate()
-        for line in text.splitlines():
-            if line.startswith("{"):
-                outcome = Outcome(**json.loads(line))
-                found[outcome.name] = outcome
+    with tempfile.TemporaryDirectory() as folder:  # pipes would fill while another one is read
+        files = [Path(folder, f"{i}.jsonl") for i in range(jobs)]
+        running = []
+        for i, file in enumerate(files):
+            with file.open("wb") as stream:
+                running.append(subprocess.Popen([*command, f"{i}/{jobs}"], stdout=stream, cwd=ROOT))
+        for process, file in zip(running, files, strict=True):
+            process.wait()
+            for line in file.read_text(encoding="utf-8").splitlines():
+                if line.startswith("{"):
+                    outcome = Outcome(**json.loads(line))
+                    found[outcome.name] = outcome
     return [found.get(name, Outcome(name, "", "wrong", "the process ended")) for name in _names(limit)]
 
 
