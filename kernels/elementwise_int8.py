@@ -1,7 +1,5 @@
-"""8-bit elementwise layers: floats to integers and back, and two quantized tensors combined.
+"""8-bit elementwise layers of two tensors.
 
-    quantize    y = saturate(round_half_even(x / s) + z)                      x float32, divided as ONNX does
-    dequantize  y = (x - z) * s                                               float32, exact
     add, sub    sum = A (a - za) +- B (b - zb)                                A = s_a / u, B = s_b / u, rounded
     mul         sum = (a - za) (b - zb)                                       u = s_a s_b
     div         y = saturate(round_half_even(act((a - za) s_a / ((b - zb) s_b)) / s_y) + z_y)
@@ -11,298 +9,300 @@ activations in float32. For add and sub u = max(s_a, s_b) / 2^22: the larger fac
 rounding of the smaller one moves a result by at most 2^-15 max(s_a, s_b). Integers instead of two float products, because
 a compiler may fuse or not fuse those: results are equal on every instruction set, and ties are found as ties.
 
-b broadcasts over a as in `sparsec.kernels.elementwise.spread`; `swapped` exchanges the sides of op.
+One side may be constant reals r: rint(r / u) for add and sub, where u holds max |r| / 255 as if it were a scale; part of the
+multiplier, u = s r, for mul; themselves for div. Sides broadcast over each other as in ONNX: `axes`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from sparsec.kernels import emit, quantized
+from sparsec.kernels import emit
 from sparsec.kernels.base import Format, KernelCall, Machine, unique
 from sparsec.kernels.bytes import narrow
-from sparsec.kernels.elementwise import Op, spread
+from sparsec.kernels.elementwise import Op
 from sparsec.kernels.emit import lanes_of
-from sparsec.kernels.epilogue import NONE, Activation, activate, keep
 from sparsec.kernels.epilogue import reference as reference_activation
+from sparsec.kernels.quantize_int8 import BOUNDS, TILE, divided, integers, real, runs, span
 from sparsec.kernels.quantized import QuantType, Requantize, reference_requantize
 
-TILE = 8192  # elements
 UNIT = 2.0**-22  # of the larger scale: what a sum of add and sub counts in
-_BOUNDS = ("none", "relu", "clip")  # activations that are bounds of the result
 
 TABLE: tuple[Format, ...] = (
     Format("elementwise_int8_same", "Add, Sub, Mul, Div", "dense", "int8", "two 8-bit tensors of one shape", "equal shapes"),
     Format("elementwise_int8_channel", "Add, Sub, Mul, Div", "dense", "int8", "an 8-bit tensor and a value a channel",
-           "b [C, 1, 1] or [N, C, 1, 1]"),
+           "one value for all of the last axes"),
     Format("elementwise_int8_row", "Add, Sub, Mul, Div", "dense", "int8", "an 8-bit tensor and a vector over its last axes",
-           "b's shape is the tail of a's"),
-    Format("elementwise_int8_scalar", "Add, Sub, Mul, Div", "dense", "int8", "an 8-bit tensor and one value", "b has one element"),
-    Format("quantize_int8", "QuantizeLinear", "dense", "int8", "float32 to 8 bits", "one constant scale"),
-    Format("dequantize_int8", "DequantizeLinear", "dense", "int8", "8 bits to float32", "one constant scale"),
+           "one vector for other axes"),
+    Format("elementwise_int8_scalar", "Add, Sub, Mul, Div", "dense", "int8", "an 8-bit tensor and one value", "one element"),
+    Format("elementwise_int8_outer", "Add, Sub, Mul, Div", "dense", "int8", "8-bit tensors that broadcast over each other", ""),
 )  # fmt: skip
 
 
 # --- what is computed ------------------------------------------------------------------------------------------------
 
 
-def factors(op: Op, a: QuantType, b: QuantType, swapped: bool = False) -> tuple[int, int]:
-    """What (a - za) and (b - zb) are multiplied with in the sum of add or sub."""
-    unit = max(a.scale, b.scale) * UNIT
-    left, right = round(a.scale / unit), round(b.scale / unit)
-    if op == "sub":
-        return (-left, right) if swapped else (left, -right)
-    return left, right
+@dataclass(frozen=True)
+class Side:
+    """One side: integers of `type`, or constant `reals`, of shape `shape`."""
+
+    shape: tuple[int, ...]
+    type: QuantType | None = None
+    reals: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if (self.type is None) == (self.reals is None) or (
+            self.reals is not None and not np.isfinite(self.reals).all()
+        ):
+            raise ValueError("a side is integers of a type, or finite constants")
+
+    @property
+    def unit(self) -> float:
+        """The real value of one step; of reals, of 1/255 of the largest."""
+        if self.type is not None:
+            return self.type.scale
+        assert self.reals is not None
+        return float(np.abs(self.reals).max(initial=0)) / 255
+
+    def values(self, stored: np.ndarray | None) -> np.ndarray:
+        """Reals in float32, as DequantizeLinear gives them."""
+        if self.type is None or stored is None:
+            assert self.reals is not None
+            return np.asarray(self.reals, np.float32)
+        return self.type.dequantize(stored)
+
+    def terms(self, unit: float, stored: np.ndarray | None = None) -> np.ndarray:
+        """What the side adds to a sum in units of `unit`: int64."""
+        if self.type is None or stored is None:
+            assert self.reals is not None
+            return np.rint(self.reals.astype(np.float64) / unit).astype(np.int64)
+        return (stored.astype(np.int64) - self.type.zero_point) * round(self.type.scale / unit)
 
 
-def multiplier(op: Op, a: QuantType, b: QuantType, steps: Requantize) -> float:
-    """What a sum of add, sub or mul is multiplied with before it is rounded: a float32."""
+def sum_unit(a: Side, b: Side) -> float:
+    """What a sum of add or sub counts in."""
+    return max(a.unit, b.unit) * UNIT
+
+
+def multiplier(op: Op, a: Side, b: Side, steps: Requantize) -> np.ndarray:
+    """What a sum of add, sub or mul is multiplied with before it is rounded: float32 [1], or reals' shape for mul."""
     if op == "mul":
-        return float(steps.multipliers(a, np.full(1, b.scale))[0])
-    return float(steps.multipliers(replace(a, scale=max(a.scale, b.scale)), np.full(1, UNIT))[0])
+        typed, other = (a, b) if a.type is not None else (b, a)
+        assert typed.type is not None
+        by = np.full(1, other.type.scale, np.float32) if other.type is not None else other.values(None)
+        return steps.multipliers(typed.type, by)
+    return steps.multipliers(QuantType(max(a.unit, b.unit), 0), np.full(1, UNIT))
 
 
 def reference(
-    op: Op, a: np.ndarray, b: np.ndarray, types: tuple[QuantType, QuantType], steps: Requantize, swapped: bool = False
+    op: Op, sides: tuple[Side, Side], stored: tuple[np.ndarray | None, np.ndarray | None], steps: Requantize
 ) -> np.ndarray:
-    """`op` by NumPy: integers a and b of `types`, b broadcasting over a, to integers of type steps.y."""
-    a_type, b_type = types
-    assert steps.y is not None
-    left, right = a.astype(np.int64) - a_type.zero_point, b.astype(np.int64) - b_type.zero_point
+    """`op` by NumPy: stored integers of the sides that have a type, to integers of type steps.y."""
+    (a, b), y = sides, steps.y
+    assert y is not None
     if op == "div":
-        above, below = left.astype(np.float32) * np.float32(a_type.scale), right.astype(np.float32) * np.float32(b_type.scale)  # fmt: skip
-        if swapped:
-            above, below = below, above
         with np.errstate(divide="ignore", invalid="ignore"):
-            found = above / below
-        if steps.activation.kind in _BOUNDS:
+            found = a.values(stored[0]) / b.values(stored[1])
+        if steps.activation.kind in BOUNDS:
             found = np.where(np.isnan(found), np.float32(-np.inf), found)
         found = reference_activation(steps.activation, found).astype(np.float32)
-        return steps.y.quantize(np.where(np.isnan(found), np.float32(-np.inf), found))
+        return y.quantize(np.where(np.isnan(found), np.float32(-np.inf), found))
+    by = multiplier(op, a, b, steps)
     if op == "mul":
-        total = left * right
+        whole = [
+            np.ones(1, np.int64) if q is None or s.type is None else q.astype(np.int64) - s.type.zero_point
+            for s, q in zip(sides, stored, strict=True)
+        ]
+        total = whole[0] * whole[1]
     else:
-        by = factors(op, a_type, b_type, swapped)
-        total = left * by[0] + right * by[1]
-    by_unit = np.full(1, multiplier(op, a_type, b_type, steps), np.float32)
-    return reference_requantize(total.astype(np.int32), by_unit, steps)
+        left, right = (s.terms(sum_unit(a, b), q) for s, q in zip(sides, stored, strict=True))
+        total = left + (right if op == "add" else -right)
+    return reference_requantize(total.astype(np.int32), by, steps)
+
+
+Axis = tuple[int, bool, bool]  # extent, whether a varies along it, whether b does
+
+
+def axes(a_shape: tuple[int, ...], b_shape: tuple[int, ...]) -> tuple[Axis, ...]:
+    """The axes of a result, those merged along which both sides go on in the same way; at least one.
+
+    Raises ValueError where shapes do not broadcast.
+    """
+    rank = max(len(a_shape), len(b_shape))
+    shapes = [(1,) * (rank - len(shape)) + tuple(shape) for shape in (a_shape, b_shape)]
+    found: list[Axis] = []
+    for extents in zip(*shapes, strict=True):
+        if 1 not in extents and extents[0] != extents[1]:
+            raise ValueError(f"{list(a_shape)} and {list(b_shape)} do not broadcast")
+        size, along = max(extents) if 0 not in extents else 0, (extents[0] > 1, extents[1] > 1)
+        if size == 1:
+            continue
+        if found and found[-1][1:] == along:
+            found[-1] = (found[-1][0] * size, *along)
+        else:
+            found.append((size, *along))
+    return tuple(found) or ((1, True, True),)
+
+
+def kind_of(merged: tuple[Axis, ...]) -> str:
+    """Which row of the table merged axes are."""
+    if not (all(a for _, a, _ in merged) or all(b for _, _, b in merged)):
+        return "outer"
+    last = merged[-1][1] and merged[-1][2]
+    if len(merged) == 1:
+        return "same" if last else "scalar"
+    return "row" if last else "channel"
 
 
 # --- calls -----------------------------------------------------------------------------------------------------------
 
 
-def bind_quantize(machine: Machine, *, size: int, y: QuantType) -> KernelCall:
-    """The call for `size` float32 elements as integers of type `y`. Roles (x, y). Tiles: runs of TILE elements."""
-    machine = machine.single()
+def bind(machine: Machine, op: Op, *, sides: tuple[Side, Side], steps: Requantize) -> KernelCall:
+    """The call for `a op b`, then `steps`. Roles (a, b, y); the role of a side of reals is a constant of the call.
 
-    def one(x: Any, out: Any, at: Any, width: int, valid: int) -> None:
-        lanes = width // 4
-        whole = [_divided(machine, emit.load(x, at + v * lanes, lanes), y) for v in range(4)]
-        emit.store(out, at, T.bind(narrow(machine, whole, y.zero_point, y.dtype, *y.range)), width, valid)
-
-    func = emit.function([("x", size, "float32"), ("y", size, y.dtype)], by_runs(machine, size, one))
-    name = unique(f"quantize_{y.dtype}", size, y, machine)
-    return KernelCall(name, func, ("x", "y"), {}, -(-size // TILE), 0, f"{size} elements to {y.dtype}")
-
-
-def bind_dequantize(machine: Machine, *, size: int, x: QuantType) -> KernelCall:
-    """The call for `size` integers of type `x` as float32. Roles (x, y). Tiles: runs of TILE elements."""
-    machine = machine.single()
-
-    def one(data: Any, y: Any, at: Any, width: int, valid: int) -> None:
-        lanes = width // 4
-        for v, value in enumerate(_integers(machine, data, at, width, x)):
-            if valid > v * lanes:
-                emit.store(y, at + v * lanes, _real(value, x), lanes, min(lanes, valid - v * lanes))
-
-    func = emit.function([("x", size, x.dtype), ("y", size, "float32")], by_runs(machine, size, one))
-    name = unique(f"dequantize_{x.dtype}", size, x, machine)
-    return KernelCall(name, func, ("x", "y"), {}, -(-size // TILE), 0, f"{size} elements from {x.dtype}")
-
-
-def bind(
-    machine: Machine,
-    op: Op,
-    *,
-    a_shape: tuple[int, ...],
-    b_shape: tuple[int, ...],
-    types: tuple[QuantType, QuantType],
-    steps: Requantize,
-    swapped: bool = False,
-) -> KernelCall:
-    """The call for `a op b` (or `b op a` if `swapped`) of integers of `types`, then `steps`. Roles (a, b, y).
-
-    b broadcasts over a; `steps` ends in integers and adds nothing. y must not overlap a or b. Raises ValueError where
-    `spread` knows no way.
+    `steps` ends in integers and adds nothing. y must not overlap a or b. Raises ValueError where shapes do not broadcast.
     """
-    found = spread(a_shape, b_shape)
-    if found is None:
-        raise ValueError(f"b {list(b_shape)} does not broadcast over a {list(a_shape)} as one run of axes")
-    if steps.y is None or steps.residual != "none":
-        raise ValueError("8-bit elementwise layers end in 8 bits and add no residual")
-    kind, count, inner = found
-    size = int(np.prod(a_shape))
+    if steps.y is None or steps.residual != "none" or all(side.type is None for side in sides):
+        raise ValueError("8-bit elementwise layers begin and end in 8 bits and add no residual")
     machine = machine.single()
-    kernel = _Binary(machine, op, types, steps, swapped)
-    in_rows = kind in ("channel", "row")
-    per_tile = max(1, TILE // inner)
-    rows = size // inner
+    merged = axes(sides[0].shape, sides[1].shape)
+    *outer, (inner, *varies) = merged
+    rows, per_tile = math.prod(extent for extent, _, _ in outer), max(1, TILE // inner)
+    size = rows * inner
+    kernel = _Binary(machine, op, sides, steps)
 
-    def flat(a: Any, b: Any, y: Any, begin: Any, end: Any) -> None:
-        single = T.bind(b[0]) if kind == "scalar" else None
+    def body(a: Any, b: Any, y: Any, begin: Any, end: Any) -> None:
+        def row(base: Any, starts: tuple[Any, Any]) -> Callable[[Any, int, int], None]:
+            """What computes a vector of the row at `base` of y, whose sides begin at `starts`."""
+            buffers = (a, b)
+            single = [None if varies[i] else kernel.single(i, buffers[i], starts[i]) for i in (0, 1)]
 
-        def one(at: Any, width: int, valid: int) -> None:
-            kernel.store(y, at, width, valid, kernel.left(a, at, width), kernel.right(b, at, width, single))
-
-        _runs(size, machine.vector_bytes, begin, end, one)
-
-    def by_rows(a: Any, b: Any, y: Any, begin: Any, end: Any) -> None:
-        with T.serial(begin * per_tile, T.min(end * per_tile, rows)) as r:
-            base = T.bind(r * inner)
-            single = T.bind(b[r % count]) if kind == "channel" else None
+            def terms(i: int, at: Any, width: int) -> list[Any]:
+                if single[i] is not None:
+                    return [emit.splat(single[i], width // 4)] * 4
+                return kernel.vectors(i, buffers[i], starts[i] + at, width)
 
             def one(at: Any, width: int, valid: int) -> None:
-                left = kernel.left(a, base + at, width)
-                kernel.store(y, base + at, width, valid, left, kernel.right(b, at, width, single))
+                value = kernel.combined(terms(0, at, width), terms(1, at, width))
+                emit.store(y, base + at, value, width, valid)
 
-            _span(inner, machine.vector_bytes, one)
+            return one
 
-    arguments = [("a", size, types[0].dtype), ("b", count, types[1].dtype), ("y", size, steps.y.dtype)]
-    func = emit.function(arguments, by_rows if in_rows else flat)
-    tiles = -(-rows // per_tile) if in_rows else -(-size // TILE)
-    name = unique(f"{op}_int8_{kind}", op, size, kind, count, inner, types, steps, swapped, machine)
-    text = (
-        f"{op} of {list(a_shape)} and {list(b_shape)}{' swapped' if swapped else ''} in 8 bits, {steps.activation.name}"
-    )
-    return KernelCall(name, func, ("a", "b", "y"), {}, tiles, 0, text)
+        if not outer:
+            runs(size, machine.vector_bytes, begin, end, row(0, (0, 0)))
+            return
+        with T.serial(begin * per_tile, T.min(end * per_tile, rows)) as r:
+            span(inner, machine.vector_bytes, row(T.bind(r * inner), _starts(r, merged)))
+
+    counts = [math.prod(side.shape) for side in sides]
+    arguments = [(role, counts[i], kernel.element(i)) for i, role in enumerate("ab")] + [("y", size, steps.y.dtype)]
+    constants = {role: kernel.constant(i) for i, role in enumerate("ab") if sides[i].type is None}
+    tiles = -(-rows // per_tile) if outer else -(-size // TILE)
+    facts = (op, merged, tuple(side.type for side in sides), steps, kernel.bounded, kernel.code, machine)
+    text = f"{op} of {list(sides[0].shape)} and {list(sides[1].shape)} in 8 bits, {steps.activation.name}"
+    name = unique(f"{op}_int8_{kind_of(merged)}", *facts)
+    return KernelCall(name, emit.function(arguments, body), ("a", "b", "y"), constants, tiles, 0, text)
+
+
+def _starts(row: Any, merged: tuple[Axis, ...]) -> tuple[Any, Any]:
+    """Where a row of the last axis begins in a and in b."""
+    starts: list[Any] = [0, 0]
+    strides = [merged[-1][0] if varies else 1 for varies in merged[-1][1:]]
+    rest, outer = row, merged[:-1]
+    for i, (extent, *varies) in reversed(list(enumerate(outer))):
+        number = rest if i == 0 else T.bind(rest % extent)
+        rest = None if i == 0 else T.bind(rest // extent)
+        for side in (0, 1):
+            if varies[side]:
+                starts[side] = T.bind(starts[side] + number * strides[side])
+                strides[side] *= extent
+    return starts[0], starts[1]
 
 
 class _Binary:
-    """The code of one vector of results: four vectors of int32 from each side, narrowed together."""
+    """The code of one vector of results: four vectors of int32 from each side, or of float32, narrowed together.
 
-    def __init__(
-        self, machine: Machine, op: Op, types: tuple[QuantType, QuantType], steps: Requantize, swapped: bool
-    ) -> None:
+    What a side gives: its terms of a sum; for mul with reals, 1 of the sum and its part of the multiplier; for div, reals.
+    """
+
+    def __init__(self, machine: Machine, op: Op, sides: tuple[Side, Side], steps: Requantize) -> None:
         assert steps.y is not None
-        self.machine, self.op, self.types, self.steps, self.y = machine, op, types, steps, steps.y
-        self.swapped = swapped
-        self.factor = multiplier(op, *types, steps)
-        self.by = factors(op, *types, swapped) if op in ("add", "sub") else (1, 1)
-        largest = 255.0 * 255.0 if op == "mul" else 255.0 * (abs(self.by[0]) + abs(self.by[1]))
-        self.bounded = largest * self.factor >= 2.0**30  # rounding to int32 needs a bound of its own
-
-    def left(self, buffer: Any, at: Any, width: int) -> list[Any]:
-        """Integers of a, times their factor."""
-        return [self._scaled(value, 0) for value in _integers(self.machine, buffer, at, width, self.types[0])]
-
-    def right(self, buffer: Any, at: Any, width: int, single: Any) -> list[Any]:
-        """The same of b; `single`: one of its bytes, for all lanes."""
-        if single is None:
-            found = _integers(self.machine, buffer, at, width, self.types[1])
-            return [self._scaled(value, 1) for value in found]
-        value = T.Cast("int32", single) - tirx.const(self.types[1].zero_point, "int32")
-        return [emit.splat(self._scaled(value, 1), width // 4)] * 4
-
-    def _scaled(self, value: Any, side: int) -> Any:
-        by = self.by[side]
-        return value if by == 1 else value * emit.splat(tirx.const(by, "int32"), lanes_of(value))
-
-    def store(self, y: Any, at: Any, width: int, valid: int, left: list[Any], right: list[Any]) -> None:
-        """Combine, requantize and write `valid` bytes."""
-        if self.op == "div":
-            value = self._quotients(left, right)
+        self.machine, self.op, self.sides, self.steps, self.y = machine, op, sides, steps, steps.y
+        self.unit = sum_unit(*sides)
+        self.factors = multiplier(op, *sides, steps) if op != "div" else np.zeros(1, np.float32)
+        if op in ("add", "sub"):
+            largest = 2.0**31
         else:
-            sums = [a * b if self.op == "mul" else a + b for a, b in zip(left, right, strict=True)]
-            by = emit.constant(self.factor, lanes_of(sums[0]))
-            value = self.steps.finish_bytes(self.machine, sums, [by] * len(sums), bounded=self.bounded)
-        emit.store(y, at, value, width, valid)
+            largest = math.prod(255.0 for side in sides if side.type is not None)
+        # Rounding to int32 needs bounds of its own where products are beyond it.
+        self.bounded = largest * float(np.abs(self.factors).max(initial=0)) >= 2.0**30
+        scales = [None if side.type is None else round(side.type.scale / self.unit) for side in sides]
+        self.code = (
+            scales if op in ("add", "sub") else None,
+            self.factors.tobytes() if self.factors.size == 1 else None,
+        )
 
-    def _quotients(self, left: list[Any], right: list[Any]) -> Any:
-        whole = []
-        for pair in zip(left, right, strict=True):
-            a, b = (_real(v, t) for v, t in zip(pair, self.types, strict=True))
-            quotient = b / a if self.swapped else a / b
-            whole.append(_divided(self.machine, quotient, self.y, self.steps.activation))
-        return T.bind(narrow(self.machine, whole, self.y.zero_point, self.y.dtype, *self.y.range))
+    def element(self, side: int) -> str:
+        """Element type of a side as it lies in memory."""
+        kind = self.sides[side].type
+        return kind.dtype if kind is not None else "int32" if self.op in ("add", "sub") else "float32"
 
+    def constant(self, side: int) -> np.ndarray:
+        """Stored reals of a side."""
+        reals = self.sides[side]
+        if self.op in ("add", "sub"):
+            return reals.terms(self.unit).astype(np.int32)
+        return np.ascontiguousarray(self.factors if self.op == "mul" else reals.values(None), np.float32)
 
-# --- code ------------------------------------------------------------------------------------------------------------
+    def single(self, side: int, buffer: Any, at: Any) -> Any:
+        """One element for all lanes."""
+        kind, value = self.sides[side].type, buffer[at]
+        if kind is not None:
+            value = T.Cast("int32", value) - tirx.const(kind.zero_point, "int32")
+        return T.bind(self._given(value, side))
 
+    def vectors(self, side: int, buffer: Any, at: Any, width: int) -> list[Any]:
+        """Four vectors of neighbours."""
+        kind, lanes = self.sides[side].type, width // 4
+        if kind is None:
+            found = [emit.load(buffer, at + v * lanes, lanes) for v in range(4)]
+        else:
+            found = integers(self.machine, buffer, at, width, kind)
+        return [self._given(value, side) for value in found]
 
-def _divided(machine: Machine, value: Any, y: QuantType, act: Activation = NONE) -> Any:
-    """act(value) / y.scale within what y can hold, rounded to int32, without its zero point. The least where it is NaN."""
-    lanes = lanes_of(value)
-    if act.kind not in _BOUNDS:
-        value = activate(act, value)
-    low, high = (end - y.zero_point for end in quantized.bounds(act, y))
-    value = keep(value / emit.constant(y.scale, lanes))
-    if machine.lane_fma:  # there maxima pass NaN on
-        value = keep(tirx.Select(value >= emit.constant(low, lanes), value, emit.constant(low, lanes)))
-        return quantized.rounded(machine, T.min(value, emit.constant(high, lanes)))
-    return quantized.rounded(machine, T.min(T.max(value, emit.constant(low, lanes)), emit.constant(high, lanes)))
+    def _given(self, value: Any, side: int) -> Any:
+        """What a side gives of its integers without zero point, or of its stored reals."""
+        kind, lanes = self.sides[side].type, lanes_of(value)
+        if kind is not None and self.op == "div":
+            return real(value, kind)
+        if self.op in ("mul", "div"):
+            return value
+        if kind is not None:
+            by = round(kind.scale / self.unit)
+            value = value if by == 1 else value * emit.constant(by, lanes, "int32")
+        return value
 
-
-def _real(value: Any, x: QuantType) -> Any:
-    """Integers of type x, without their zero point, as float32."""
-    lanes = lanes_of(value)
-    return T.Cast(emit.vector_type(lanes), value) * emit.constant(x.scale, lanes)
-
-
-def _integers(machine: Machine, buffer: Any, at: Any, width: int, x: QuantType) -> list[Any]:
-    """`width` bytes of type x from `at` on, without their zero point: four vectors of int32."""
-    lanes = width // 4
-    if machine.lane_fma:  # one load, widened in steps; elsewhere a load widens
-        whole = T.bind(emit.load(buffer, at, width))
-        parts = [T.Shuffle([whole], list(range(v * lanes, (v + 1) * lanes))) for v in range(4)]
-    else:
-        parts = [emit.load(buffer, at + v * lanes, lanes) for v in range(4)]
-    zero = emit.splat(tirx.const(x.zero_point, "int32"), lanes)
-    wide = [T.Cast(emit.vector_type(lanes, "int32"), part) for part in parts]
-    return [value - zero for value in wide] if x.zero_point else wide
-
-
-def by_runs(
-    machine: Machine, size: int, one: Callable[[Any, Any, Any, int, int], None], width: int | None = None
-) -> Callable[..., None]:
-    """The body of a kernel with roles (x, y): `one(x, y, at, width, valid)` writes `valid` elements of y from `at` on.
-
-    Vectors of bytes are `width` wide (default: a register), or 16 and more where there are fewer elements.
-    """
-
-    def body(x: Any, y: Any, begin: Any, end: Any) -> None:
-        _runs(size, width or machine.vector_bytes, begin, end, lambda at, width, valid: one(x, y, at, width, valid))
-
-    return body
-
-
-def _runs(size: int, width: int, begin: Any, end: Any, one: Callable[[Any, int, int], None]) -> None:
-    """Tiles of TILE consecutive elements, the last one shorter."""
-    full, rest = divmod(size, TILE)
-    if full:
-        with T.serial(begin, T.min(end, full)) as t:
-            _span(TILE, width, lambda at, width, valid: one(t * TILE + at, width, valid))
-    if rest:
-        with T.If(T.And(begin <= full, end > full)), T.Then():
-            _span(rest, width, lambda at, width, valid: one(full * TILE + at, width, valid))
-
-
-def _span(count: int, width: int, one: Callable[[Any, int, int], None]) -> None:
-    """`one(at, width, valid)` for vectors of bytes that cover 0..count; the last overlaps its neighbour, or is 16 wide.
-
-    It may read up to 15 elements behind the last one.
-    """
-    while width > 16 and width > count:
-        width //= 2
-    if count < width:
-        one(0, width, count)
-        return
-    with T.serial(0, count // width) as i:
-        one(i * width, width, width)
-    if count % width:
-        one(count - width, width, width)
+    def combined(self, left: list[Any], right: list[Any]) -> Any:
+        """Bytes of the result."""
+        lanes, y = lanes_of(left[0]), self.y
+        if self.op == "div":
+            quotients = [a / b for a, b in zip(left, right, strict=True)]
+            whole = [divided(self.machine, q, y, self.steps.activation) for q in quotients]
+            return T.bind(narrow(self.machine, whole, y.zero_point, y.dtype, *y.range))
+        by = [emit.constant(float(self.factors.reshape(-1)[0]), lanes)] * 4
+        if self.op == "mul" and self.sides[0].type is None:
+            sums, by = right, left
+        elif self.op == "mul" and self.sides[1].type is None:
+            sums, by = left, right
+        elif self.op == "mul":
+            sums = [a * b for a, b in zip(left, right, strict=True)]
+        else:
+            sums = [a + b if self.op == "add" else a - b for a, b in zip(left, right, strict=True)]
+        return self.steps.finish_bytes(self.machine, sums, by, bounded=self.bounded)

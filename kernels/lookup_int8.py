@@ -32,7 +32,7 @@ from tvm.tirx.script.builder import ir as T
 from sparsec.kernels import emit
 from sparsec.kernels.base import Format, KernelCall, Machine, unique
 from sparsec.kernels.bytes import as_type, joined, pick, picks
-from sparsec.kernels.elementwise_int8 import TILE, by_runs
+from sparsec.kernels.quantize_int8 import TILE, by_runs
 
 Way = Literal["words", "rows", "tbl", "bytes"]
 

@@ -74,21 +74,40 @@ def test_two_tensors(name, activation):
     assert kernel.startswith(f"{op.lower()}_int8_")
 
 
-def test_a_constant_side():
-    numbers = ", ".join(str(n) for n in (-128, -7, 0, 1, 90, 127))
-    nodes = "xa = D(a, s, z)  xb = D(k, t, n)  c = Mul(xa, xb)  y = Q(c, s, z)"
-    model = graph("uint8[2,6,5,5] a", "uint8[2,6,5,5] y", nodes, f", int8[6,1,1] k = {{{numbers}}}")
-    assert kernels(check(model)) == [("Mul+QuantizeLinear", "mul_int8_channel")]
+@pytest.mark.parametrize("op", ["Add", "Sub", "Mul", "Div"])
+def test_a_constant_side(op):
+    """Integers or floats; those of a scale for each channel are floats."""
+    integers = ", int8[6,1,1] k = {-128, -8, 0, 1, 90, 127}"
+    floats = ", float[1,6,1,1] k = {-1.5, 3, 0.25, -0.01, 2, 7}"
+    scaled = (
+        ", int8[6,1] k = {-128, -8, 1, 1, 90, 127}, float[6] sk = {1, 2, 3, 1, 2, 3}, int8[6] zk = {0, 0, 0, 0, 0, 0}"
+    )
+    nodes = f"r = {op}(xa, xb)  y = Q(r, s, z)"
+    for constants, b in (
+        (integers, "xb = D(k, t, n)"),
+        (floats, "xb = Identity(k)"),
+        (scaled, "kd = D<axis=0>(k, sk, zk)  xb = Unsqueeze(kd, two)"),
+    ):
+        constants += ", int64[1] two = {2}" if "two" in b else ""
+        text = f"xa = D(a, s, z)  {b}  {nodes}"
+        found = kernels(check(graph("uint8[2,6,5,5] a", "uint8[2,6,5,5] y", text, constants)))
+        assert found == [(f"{op}+QuantizeLinear", f"{op.lower()}_int8_channel")]
+    swapped = f"xa = D(a, s, z)  r = {op}(k, xa)  y = Q(r, s, z)"
+    ((_, kernel),) = kernels(check(graph("uint8[2,6,5,5] a", "uint8[2,6,5,5] y", swapped, floats)))
+    assert kernel == f"{op.lower()}_int8_channel"
 
 
-def test_no_kernel_takes_what_broadcasts_otherwise():
-    model = graph(
-        "uint8[2,1,3] a, uint8[2,4,1] b", "uint8[2,4,3] y",
-        "xa = D(a, s, z)  xb = D(b, s, z)  c = Add(xa, xb)  y = Q(c, t, o)",
-    )  # fmt: skip
-    program = check(model)
-    assert {layer.op: layer.route for layer in program.layers}["Add"] == "generic"
-    assert sum(layer.op == "DequantizeLinear" for layer in program.layers) == 2
+def test_sides_that_broadcast_over_each_other():
+    nodes = "xa = D(a, s, z)  xb = D(b, s, z)  c = Add(xa, xb)  y = Q(c, s, z)"
+    found = kernels(check(graph("uint8[2,1,33] a, uint8[2,4,1] b", "uint8[2,4,33] y", nodes)))
+    assert found == [("Add+QuantizeLinear", "add_int8_outer")]
+
+
+def test_a_computed_side_in_float():
+    """Its other side is dequantized: two kernels more, and no generic one."""
+    nodes = "xa = D(a, s, z)  c = Mul(xa, x)  y = Q(c, s, z)"
+    found = kernels(check(graph("uint8[4,33] a, float[4,33] x", "uint8[4,33] y", nodes)))
+    assert [name for name, _ in found] == ["DequantizeLinear", "Mul", "QuantizeLinear"]
 
 
 @pytest.mark.parametrize("precision", ["f32", "f16"])

@@ -1,7 +1,7 @@
 """Elementwise layers between integers: tables, two quantized tensors combined, and the ends of a quantized part.
 
     lookup      q -> DequantizeLinear -> f [-> g ...] -> QuantizeLinear     whatever q alone decides is a table of 256 bytes
-    binary      DequantizeLinear, DequantizeLinear -> Add | Sub | Mul | Div [activation] -> QuantizeLinear
+    binary      DequantizeLinear, DequantizeLinear or constant -> Add | Sub | Mul | Div [activation] -> QuantizeLinear
     quantize, dequantize                                                    what is left over, beside layers in float32
 
 A lookup is a cone of operators with constants of one element, QuantizeLinear and DequantizeLinear among them: x sigmoid(x)
@@ -10,15 +10,17 @@ is one, quantized in between or not. ONNX Runtime computes the table node by nod
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-from sparsec.kernels import elementwise, elementwise_int8, lookup_int8
+from sparsec.kernels import elementwise_int8, lookup_int8, quantize_int8
 from sparsec.kernels.base import roofline_us
-from sparsec.kernels.quantized import QuantType, Requantize
+from sparsec.kernels.elementwise_int8 import Side
+from sparsec.kernels.quantized import Requantize
 from sparsec.lowering.generic import ELEMENTWISE
 from sparsec.lowering.match import Group, constant, dims, in_graph_order
 from sparsec.lowering.quantized import QuantGroup, fuse_quantized, source, type_of
@@ -141,41 +143,48 @@ def _table(root: ir.Value, nodes: list[ir.Node], doors: list[ir.Node], end: ir.N
 
 
 def take_quantized_binary(node: ir.Node, context: Context) -> Taken | str | None:
-    """Add, Sub, Mul and Div of two quantized tensors, one of which has the result's shape, quantized again."""
+    """Add, Sub, Mul and Div of two quantized tensors, or of one and a constant, quantized again."""
     if node.op_type not in _OPS:
         return None
-    sides = [_side(value) for value in node.inputs]
-    if sides[0] is None or sides[1] is None or (sides[0][2] is None and sides[1][2] is None):
+    a, b = _operand(node.inputs[0]), _operand(node.inputs[1])
+    if a is None or b is None or (a.through is None and b.through is None):
         return None
-    out = dims(node.outputs[0])
-    swapped = dims(sides[0][0]) != out
-    (wide, wide_type, _), (narrow, narrow_type, _) = (sides[1], sides[0]) if swapped else (sides[0], sides[1])
-    if dims(wide) != out or elementwise.spread(dims(wide), dims(narrow)) is None:
-        return "its sides broadcast in a way no kernel of ours knows"
-    through = tuple(side[2] for side in (sides[0], sides[1]) if side[2] is not None)
+    through = tuple(operand.through for operand in (a, b) if operand.through is not None)
     group = fuse_quantized(node, context.taken, through=through, residual=False)
     if group.steps.y is None:
         return "its result is not quantized"
     op = _OPS[node.op_type]
-    call = elementwise_int8.bind(
-        context.machine, op, a_shape=out, b_shape=dims(narrow), types=(wide_type, narrow_type), steps=group.steps,
-        swapped=swapped,
-    )  # fmt: skip
-    size = float(np.prod(out))
+    call = elementwise_int8.bind(context.machine, op, sides=(a.side, b.side), steps=group.steps)
+    size = float(np.prod(dims(node.outputs[0])))
     us = roofline_us(context.machine.single(), 6.0 * size, 3.0 * size)
-    return Taken(group, emit_simple(group, call, {"a": wide, "b": narrow}, f"{op} in 8 bits", us))
+    inputs = {role: operand.value for role, operand in zip("ab", (a, b), strict=True) if operand.side.type is not None}
+    return Taken(group, emit_simple(group, call, inputs, f"{op} in 8 bits", us))
 
 
-def _side(value: ir.Value | None) -> tuple[ir.Value, QuantType, ir.Node | None] | None:
-    """Integers behind `value`, computed (with the DequantizeLinear that is read past) or constant."""
-    found = source(value)
-    if found is not None:
-        return found.value, found.type, found.through
-    node = value.producer() if value is not None else None
-    if node is None or node.op_type != "DequantizeLinear" or node.inputs[0] is None:
+@dataclass(frozen=True)
+class _Operand:
+    """A side, and the value of its integers; `through`: the DequantizeLinear that is read past, if they are computed."""
+
+    side: Side
+    value: ir.Value
+    through: ir.Node | None = None
+
+
+def _operand(value: ir.Value | None) -> _Operand | None:
+    """Integers behind `value`, computed or constant, or constant floats; None for computed floats."""
+    if value is None:
         return None
-    kind = type_of(node)
-    return None if kind is None or node.inputs[0].const_value is None else (node.inputs[0], kind, None)
+    found, array = source(value), constant(value)
+    if found is not None:
+        return _Operand(Side(dims(value), found.type), found.value, found.through)
+    if array is None or array.dtype != np.float32 or not np.isfinite(array).all():
+        return None
+    node = value.producer()
+    stored = node.inputs[0] if node is not None and node.op_type == "DequantizeLinear" else None
+    kind = type_of(node) if node is not None and stored is not None else None
+    if stored is not None and kind is not None:
+        return _Operand(Side(array.shape, kind), stored)
+    return _Operand(Side(array.shape, None, array), value)
 
 
 # --- into and out of integers ----------------------------------------------------------------------------------------
@@ -189,7 +198,7 @@ def take_quantize(node: ir.Node, context: Context) -> Taken | str | None:
     if x is None or x.const_value is not None or x.dtype != ir.DataType.FLOAT or y is None:
         return "only float32 is quantized, to 8 bits with one constant scale"
     size = int(np.prod(dims(x), dtype=np.int64))
-    call = elementwise_int8.bind_quantize(context.machine, size=size, y=y)
+    call = quantize_int8.bind_quantize(context.machine, size=size, y=y)
     return _converted(node, x, call, f"to {y.dtype}", size, context)
 
 
@@ -201,7 +210,7 @@ def take_dequantize(node: ir.Node, context: Context) -> Taken | str | None:
     if known is None or node.outputs[0].dtype != ir.DataType.FLOAT:
         return "only computed 8 bits with one constant scale are dequantized"
     size = int(np.prod(dims(known.value), dtype=np.int64))
-    call = elementwise_int8.bind_dequantize(context.machine, size=size, x=known.type)
+    call = quantize_int8.bind_dequantize(context.machine, size=size, x=known.type)
     return _converted(node, known.value, call, f"from {known.type.dtype}", size, context)
 
 
