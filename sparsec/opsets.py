@@ -124,6 +124,8 @@ def to_working_opset(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
     """`proto` at `OPSET`. Raises UnsupportedError that names every node in the way."""
     versions = [o.version for o in proto.opset_import if o.domain in STANDARD_DOMAINS]
     version = max(versions, default=1)
+    if version == 8 and any(node.op_type == "Scan" for node in all_nodes(proto.graph)):
+        raise UnsupportedError("Scan of opset 8 works on batches; export the model at opset 9 or later", where)
     if version < OPSET:
         try:
             proto = version_converter.convert_version(proto, OPSET)

@@ -27,8 +27,8 @@ HEAD = """# Operators
 Node tests of `onnx.backend.test` that sparsec passes as a backend, by operator: those of the standard domain up to opset 26 whose inputs
 and outputs are float16/32/64, integer or bool tensors. Made by `python tools/backend_suite.py --table docs/operators.md`.
 
-{share} No result is wrong: what does not pass is refused, with the reason given. `rounding`: the result is
-beyond the test's tolerance, but no farther from the result in float64 than ONNX's own.
+{share} No result is wrong: what does not pass is refused, with the reason given. By rounding: elements
+differ by more than the test's tolerance, and are no farther from the result in float64 than ONNX's own.
 
 | operator | passed | of | refused, and why |
 |---|---|---|---|

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,10 +42,16 @@ def test_nearer_to_float64_is_needed_for_rounding() -> None:
         [helper.make_node("Mul", ["x", "x"], ["y"])], "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])], [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
     )  # fmt: skip
-    model, x = helper.make_model(graph), np.array([3], np.float32)
-    assert _nearer(model, [x], [np.array([9.002], np.float32)], [np.array([9.001], np.float32)])
-    assert not _nearer(model, [x], [np.array([9.001], np.float32)], [np.array([9.002], np.float32)])
-    assert not _nearer(model, [x], [np.array([9.001], np.float32)], [np.array([np.nan], np.float32)])
+    case = SimpleNamespace(model=helper.make_model(graph), rtol=1e-6, atol=0)
+
+    def nearer(ours: float, theirs: float) -> bool:
+        x, y, z = (np.array([v], np.float32) for v in (3, theirs, ours))
+        return _nearer(case, [x], [y], [z])
+
+    assert nearer(9.001, 9.002)
+    assert not nearer(9.002, 9.001)
+    assert not nearer(np.nan, 9.001)
+    assert not _nearer(case, [np.array([3], np.float32)], [np.array([9.1], np.float32)], [np.array([9.0])])
 
 
 def test_a_backend_runs_what_it_prepared() -> None:

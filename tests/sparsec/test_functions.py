@@ -21,7 +21,8 @@ def single(node: onnx.NodeProto, opset: int, outputs: int = 1, **inputs: list[in
 
 def same(model: onnx.ModelProto, inlined: onnx.ModelProto, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
-    feeds = {v.name: rng.standard_normal([d.dim_value for d in v.type.tensor_type.shape.dim]).astype(np.float32) for v in model.graph.input}  # fmt: skip
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input}
+    feeds = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     for got, wanted in zip(
         ReferenceEvaluator(inlined).run(None, feeds), ReferenceEvaluator(model).run(None, feeds), strict=True
     ):
