@@ -2,8 +2,8 @@
 
     d_l = D(f, f_l)     f_l: the model with layer l alone quantized (weights to nearest), D of `sparsec.passes.fidelity`
 
-    auto       if the whole model quantized damages more than `limit`, the layers of largest d_l go back to float, one
-               more at a time (bisected), until it does not
+    auto       if the whole model quantized, weights rounded with data, damages more than `limit`, the layers of largest
+               d_l go back to float, one more at a time (bisected), until it does not
     a share    at most that share of the multiply-adds (of the target's microseconds, where there is a target) is left
                float: the set of layers whose d_l add up to the most (`sparsec.passes.knapsack`)
 
@@ -77,9 +77,11 @@ class Trial:
     def damage(self, floats: Sequence[str]) -> float:
         """Mean damage with the layers `floats` left alone."""
         copy = ir.from_proto(ir.to_proto(self._model))
-        if not self._apply(copy, floats):
-            return 0.0
-        segment = Segment(copy, None, self._names)
+        return self.damage_of(copy) if self._apply(copy, floats) else 0.0
+
+    def damage_of(self, model: ir.Model) -> float:
+        """Mean damage of a model with the same outputs."""
+        segment = Segment(model, None, self._names)
         parts = [segment.run(batch) for batch in batches(self._samples)]
         return float(self._fidelity.damages([np.concatenate([p[n] for p in parts]) for n in self._names]).mean())
 

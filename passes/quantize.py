@@ -26,7 +26,7 @@ Integer arithmetic: Jacob et al. 2018, arXiv:1712.05877; the whole: Nagel et al.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -37,8 +37,8 @@ from sparsec.passes.fold_constants import remove_unused_initializers
 from sparsec.passes.layers import WEIGHTED, WeightedLayer, weighted_layers
 from sparsec.passes.quant_equalize import Equalize, equalize, scaled
 from sparsec.passes.quant_fallback import LIMIT, Apply, Fallback, Trial, costs_of, fall_back, fall_back_within, in_int8
-from sparsec.passes.quant_graph import Plan, float_weights, insert, plan, store_weight
-from sparsec.passes.quant_layers import How, add_biases, nearest, round_layers
+from sparsec.passes.quant_graph import Plan, Range, float_weights, insert, plan, store_weight
+from sparsec.passes.quant_layers import How, Rounded, add_biases, nearest, round_layers
 from sparsec.passes.quant_moments import expected_inputs
 from sparsec.passes.quant_only import nearest_grouped, round_grouped, store_grouped
 from sparsec.passes.quant_ranges import PERCENTILE, Observer, observe, ranges
@@ -124,9 +124,31 @@ class Quantize(Pass):
         found = ranges(observe(model, chosen, samples), self.observer, self.activations, self.percentile)
         named = {str(v.name): found[values[0]] for values in chosen.classes for v in values}
         layers = [step.layer for step in chosen.layers if step.layer is not None]
-        back = self._fall_back(model, layers, in_int8(self._plan, named, self.scales), samples, context)
-        if back is not None and back.floats:
-            chosen = self._plan(model, back.floats)
+        apply, back, done = in_int8(self._plan, named, self.scales), None, None
+        if self.fallback == "auto":
+            trial = Trial(model, apply, pick_samples(model, samples, FALLBACK_SAMPLES))
+            before = after = trial.damage(())
+            if before > self.damage:  # to nearest; rounding with data may do without float layers
+                untouched = ir.to_proto(model)
+                done = self._write(model, chosen, named, original, samples)
+                after = trial.damage_of(model)
+            back = Fallback((), {}, before, after)
+            if after > self.damage:
+                model.graph, done = ir.from_proto(untouched).graph, None
+        if (back is not None and back.after > self.damage) or not isinstance(self.fallback, str):
+            back = self._fall_back(model, layers, apply, samples, context)
+            chosen = self._plan(model, back.floats if back is not None else ())
+        if done is None:
+            done = self._write(model, chosen, named, original, samples)
+        context.records += [_record(r.step.layer, "int8", r.error) for r in done if r.step.layer is not None]
+        context.records += [{"layer": name, "type": "float", "reason": why} for name, why in chosen.refused]
+        _tell_fallback(back, context)
+        return PassResult(model, True)
+
+    def _write(
+        self, model: ir.Model, chosen: Plan, named: Mapping[str, Range], original: bytes | None, samples: Sequence[Any]
+    ) -> list[Rounded]:
+        """Quantize activations, round and store weights, in place. `named`: ranges by value name."""
         every = {v: named[str(v.name)] for values in chosen.classes for v in values}
         insert(model, chosen, every)
         if self.rounding == "nearest" and not self.correct:
@@ -137,10 +159,7 @@ class Quantize(Pass):
         for rounded in done:
             store_weight(model, rounded.step, rounded.q, rounded.scale, every[rounded.step.inputs[0]].scale)
         remove_unused_initializers(model.graph)
-        context.records += [_record(r.step.layer, "int8", r.error) for r in done if r.step.layer is not None]
-        context.records += [{"layer": name, "type": "float", "reason": why} for name, why in chosen.refused]
-        _tell_fallback(back, context)
-        return PassResult(model, True)
+        return done
 
     def _plan(self, model: ir.Model, floats: Sequence[str] = ()) -> Plan:
         return plan(model, self.include, self.exclude, self.types, self.outputs == "int8", floats)
@@ -231,7 +250,7 @@ def _is_quantized(model: ir.Model) -> bool:
 
 def _tell_fallback(back: Fallback | None, context: Context) -> None:
     if back is not None:
-        damage = {"damage_all": _digits(back.before), "damage_nearest": _digits(back.after)}
+        damage = {"damage_all": _digits(back.before), "damage": _digits(back.after)}
         context.records.append({"floats": list(back.floats), **damage})
 
 
