@@ -49,7 +49,7 @@ from sparsec.passes.layers import WeightedLayer, select_layers, weighted_layers
 from sparsec.passes.masks import Pattern
 from sparsec.passes.quant_graph import plan
 from sparsec.passes.quantize import Quantize
-from sparsec.passes.rank_allocation import Ways, dense_cost, measure
+from sparsec.passes.rank_allocation import Ways, dense_costs, measure
 from sparsec.passes.replay import goal_of
 from sparsec.passes.statistics import gather, input_of
 from sparsec.passes.trial import fetch, pick_samples, reference_outputs
@@ -103,10 +103,10 @@ class Compress(Pass):
         names, outputs = reference_outputs(model, picked)
         goals = {layer.name: str(goal_of(layer).value.name) for layer in layers}
         unit = "latency" if self.latency else "bytes"
-        dense = {layer.name: dense_cost(layer, unit, context) for layer in layers}
+        dense = dense_costs(layers, unit, context)
         fidelity = Fidelity(names, outputs)
         before = _values(model, list(goals.values()), picked)
-        table = self._table(model, layers, context, picked, outputs, fidelity)
+        table = self._table(model, layers, dense, context, picked, outputs, fidelity)
         chosen = self._choose(table, sum(dense.values()))
         if all(c.factors is None and not c.int8 for c in chosen.values()):
             raise RecipeError("compress: the budget holds every layer as it is; ask for less")
@@ -134,23 +134,25 @@ class Compress(Pass):
         return (not self.include or matches(self.include)) and not matches(self.exclude)
 
     def _table(
-        self, model: ir.Model, layers: Sequence[WeightedLayer], context: Context, picked: Sequence[Any],
-        outputs: Sequence[np.ndarray], fidelity: Fidelity,
+        self, model: ir.Model, layers: Sequence[WeightedLayer], dense: Mapping[str, float], context: Context,
+        picked: Sequence[Any], outputs: Sequence[np.ndarray], fidelity: Fidelity,
     ) -> dict[str, list[Choice]]:  # fmt: skip
         """Every choice of every layer, by name."""
         assert context.calibration is not None
+        stored = not self.latency
         methods = self.methods or (METHODS[:-1] if self.latency else METHODS)
         shaped = {layer.name for layer in select_layers(model, self.include, self.exclude).layers if not refusal(layer)}
         integer: set[str] = set()
         if "int8" in methods:
-            integer = {step.layer.name for step in plan(model).layers if step.layer is not None}
+            alone = {layer.name for layer in layers if len(layer.weight.uses()) == 1}
+            integer = {step.layer.name for step in plan(model).layers if step.layer is not None} & alone
         inputs = sorted({str(input_of(layer).name) for layer in layers if layer.name in integer})
         steps = input_steps(inputs, picked, model) if inputs else {}
         ways: dict[str, tuple[Ways, Ways | None]] = {}
         errors: dict[str, float] = {}
         means: dict[str, np.ndarray] = {}
         factorize = Factorize()
-        seen = [layer for layer in layers if input_of(layer).const_value is None]
+        seen = [layer for layer in layers if input_of(layer).const_value is None and (dense[layer.name] or not stored)]
         for done, (layer, statistics) in enumerate(gather(model, seen, context.calibration)):
             context.tell(f"forms of {layer.name}", done, len(seen))
             forms = []
@@ -177,7 +179,7 @@ class Compress(Pass):
                 rounding = Rounding(errors[layer.name], damage)
             table[layer.name] = choices(item, ways[layer.name][1], rounding, unit, context)
         for layer in layers:
-            table.setdefault(layer.name, [Choice(0.0, 0, dense_cost(layer, unit, context), parameters=layer.size)])
+            table.setdefault(layer.name, [Choice(0.0, 0, dense[layer.name], parameters=layer.size)])
         return table
 
     def _choose(self, table: Mapping[str, Sequence[Choice]], total: float) -> dict[str, Choice]:

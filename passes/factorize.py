@@ -37,7 +37,7 @@ from sparsec.passes.rank_allocation import (
     Ways,
     by_damage,
     by_energy,
-    dense_cost,
+    dense_costs,
     look,
     measure,
     uniform,
@@ -205,7 +205,7 @@ class Factorize(Pass):
         if self.energy:
             return by_energy(found, self.energy), {}
         unit, share = self._unit()
-        costs = {layer.name: dense_cost(layer, unit, context) for layer in weighted_layers(model)}
+        costs = dense_costs(weighted_layers(model), unit, context)
         rest = sum(costs.values()) - sum(w.dense.cost for w in found)
         budget = share * sum(costs.values()) - rest
         facts = {"budget": unit, "share": share}

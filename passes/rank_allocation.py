@@ -6,8 +6,8 @@ Layer l written as form f costs c_l(f), and stays as it is at c_l(dense). Budget
     latency      microseconds that the target's cost model predicts for the parts
     bytes        of the smallest stored form of each part, indices counted
 
-    uniform       every layer the form of least loss among those that cost at most e * c_l(dense), e the largest that holds
-                  the budget
+    uniform       every layer the form of least loss among those that cost at most e * c_l(dense) (its cheapest if there is
+                  none), e the largest that holds the budget; what is left of it goes to the first layers
     energy        every layer the cheapest form that loses at most 1 - energy of its output's power
     sensitivity   min sum_l d_l(f_l) subject to sum_l c_l(f_l) <= B, a knapsack (`sparsec.passes.knapsack`) over d_l(f), the
                   damage to the model's outputs of layer l alone written as f, measured on calibration data
@@ -21,7 +21,7 @@ Layers differ in rank: WeLore, arXiv:2407.11239; ranks by damage: ASVD, arXiv:23
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -94,6 +94,17 @@ def dense_cost(layer: WeightedLayer, unit: str, context: Context) -> float:
     return layer_cost(layer, layer.read(), "weights" if unit == "parameters" else unit, context.price)
 
 
+def dense_costs(layers: Iterable[WeightedLayer], unit: str, context: Context) -> dict[str, float]:
+    """What each layer costs as it is, by name. A weight that several read is stored once: the first of them has its cost."""
+    found: dict[str, float] = {}
+    seen: set[ir.Value] = set()
+    for layer in layers:
+        stored = unit not in ("flops", "latency") and layer.weight in seen
+        found[layer.name] = 0.0 if stored else dense_cost(layer, unit, context)
+        seen.add(layer.weight)
+    return found
+
+
 def look(
     layer: WeightedLayer, forms: Sequence[Form], build: Callable[[Form], tuple[Factors, float]], unit: str,
     context: Context, faster: bool,
@@ -126,14 +137,19 @@ def look(
 
 
 def uniform(found: Sequence[Ways], budget: float) -> dict[str, Way]:
-    """The largest share of their own cost for all layers that holds the budget; the least loss within it."""
-    total = sum(ways.dense.cost for ways in found)
-    share = min(1.0, budget / total) if total else 1.0
-    while share > 0:
-        chosen = {ways.layer.name: _within(ways, share * ways.dense.cost) for ways in found}
-        if sum(way.cost for way in chosen.values()) <= budget * (1 + 1e-9):
+    """The largest share of their own cost for all layers that holds the budget; the least loss within it. What is left of
+    the budget goes to the layers, in their order, that it takes to the next share."""
+    above: dict[str, Way] = {}
+    for percent in range(100, 0, -1):
+        chosen = {ways.layer.name: _within(ways, percent / 100 * ways.dense.cost) for ways in found}
+        spent = sum(way.cost for way in chosen.values())
+        if spent <= budget * (1 + 1e-9):
+            for name, way in above.items():
+                more = way.cost - chosen[name].cost
+                if spent + more <= budget * (1 + 1e-9):
+                    chosen[name], spent = way, spent + more
             return chosen
-        share -= 0.01
+        above = chosen
     stay = [ways for ways in found if len(ways.ways) == 1]
     least = sum(min(way.cost for way in ways.ways) for ways in found)
     why = f"; {len(stay)} of {len(found)} layers stay as they are ({stay[0].reason})" if stay else ""
@@ -142,7 +158,7 @@ def uniform(found: Sequence[Ways], budget: float) -> dict[str, Way]:
 
 def _within(ways: Ways, limit: float) -> Way:
     fitting = [way for way in ways.ways if way.cost <= limit * (1 + 1e-9)]
-    return min(fitting, key=lambda w: w.loss) if fitting else ways.dense
+    return min(fitting, key=lambda w: w.loss) if fitting else min(ways.ways, key=lambda w: w.cost)
 
 
 def by_energy(found: Sequence[Ways], energy: float) -> dict[str, Way]:

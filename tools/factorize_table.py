@@ -113,10 +113,11 @@ def stream(samples: Samples) -> list[Samples]:
 
 
 def weights(model: Any) -> int:
-    """Nonzero weights of all layers."""
+    """Nonzero weights of all layers, those that several share once."""
     from sparsec.passes.layers import weighted_layers
 
-    return sum(int(np.count_nonzero(layer.read())) for layer in weighted_layers(model))
+    found = {str(layer.weight.name): int(np.count_nonzero(layer.read())) for layer in weighted_layers(model)}
+    return sum(found.values())
 
 
 # ---- layers

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import types
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -13,7 +15,7 @@ from sparsec.passes.fold_constants import quiet_session
 from sparsec.passes.layers import as_layer, weighted_layers
 from sparsec.passes.low_rank import Spatial, Svd, Tucker
 from sparsec.passes.metric import Objective
-from sparsec.passes.rank_allocation import SLOWER
+from sparsec.passes.rank_allocation import SLOWER, Way, Ways, dense_costs, uniform
 from sparsec.passes.residual_sparse import LowRankPlusSparse
 from sparsec.passes_api import Context
 
@@ -197,6 +199,30 @@ def run_value(made: ir.Model, feeds: dict[str, np.ndarray], name: str) -> np.nda
     proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     session = quiet_session(proto.SerializeToString())
     return np.stack([session.run([name], {"x": sample[None]})[0] for sample in feeds["x"]])
+
+
+def test_uniform_spends_the_budget_and_never_more() -> None:
+    def ways(name: str, *costs: float) -> Ways:
+        levels = [Way(0.0, 0, cost, loss=10 - cost) for cost in costs]
+        return Ways(types.SimpleNamespace(name=name), tuple(levels))  # type: ignore[arg-type]
+
+    found = [ways("a", 10, 2, 4, 6), ways("b", 10, 2, 4, 6), ways("c", 10, 7)]
+    for budget, costs in ((30, [10, 10, 10]), (19, [6, 6, 7]), (18, [6, 4, 7]), (17, [6, 4, 7]), (11, [2, 2, 7])):
+        chosen = uniform(found, budget)
+        assert [chosen[name].cost for name in "abc"] == costs, budget
+    with pytest.raises(RecipeError, match="smallest forms together cost 11"):
+        uniform(found, 10)
+
+
+def test_a_weight_that_several_read_is_counted_once(model) -> None:
+    shared = decaying(12, 12)
+    made = model(
+        "g (float[3,12] x) => (float[3,12] y) { a = MatMul(x, w) b = MatMul(a, w) c = MatMul(b, w) y = MatMul(c, v) }",
+        w=shared, v=decaying(12, 12),
+    )  # fmt: skip
+    layers = list(weighted_layers(made))
+    assert list(dense_costs(layers, "parameters", Context()).values()) == [144, 0, 0, 144]
+    assert list(dense_costs(layers, "flops", Context()).values()) == [3 * 144] * 4
 
 
 def test_allocation_by_damage_beats_uniform_at_the_same_budget(model) -> None:
