@@ -15,6 +15,10 @@ from sparsec.tuning import Entry
 
 SPARSE_FROM = 0.05  # share of zeros from which sparse kernels are priced at all
 
+# Integers stay where floats are predicted to be no more than so much faster: they are a quarter of the bytes or less, and
+# other layers' weights take the caches from floats, which the prediction does not see (docs/decisions/006).
+KEEP = 1.25
+
 Bound = list[tuple[KernelCall, dict[str, str]]]  # calls in order, each with the value that every role stands for
 
 
@@ -73,22 +77,32 @@ def choose(prices: Prices, measured: Entry | None = None) -> tuple[Way, tuple[Ca
     for way in prices.ways:
         if way.kernel not in best or way.predicted_us < best[way.kernel].predicted_us:
             best[way.kernel] = way
-    chosen = prices.cheapest
+    chosen = _worth_keeping(prices) or prices.cheapest
     if measured is not None:
         found = prices.find(measured.choice.kernel, measured.choice.tile)
         assert found is not None, measured.choice
         chosen = best[found.kernel] = found
     ranked = sorted(best.values(), key=lambda way: way.predicted_us)
     candidates = tuple(Candidate(way.kernel, round(way.predicted_us, 3)) for way in ranked)
-    return chosen, candidates, _reason(prices, ranked) if measured is None else _measured_reason(prices, measured)
+    return (
+        chosen,
+        candidates,
+        _reason(prices, ranked, chosen) if measured is None else _measured_reason(prices, measured),
+    )
 
 
-def _reason(prices: Prices, ranked: list[Way]) -> str:
+def _worth_keeping(prices: Prices) -> Way | None:
+    """The best way that keeps integers, if floats are not predicted to be KEEP times as fast or more."""
+    kept = min((way for way in prices.ways if way.kept), key=lambda way: way.predicted_us, default=None)
+    return kept if kept is not None and kept.predicted_us <= KEEP * prices.cheapest.predicted_us else None
+
+
+def _reason(prices: Prices, ranked: list[Way], chosen: Way) -> str:
     kept = next((way for way in ranked if way.kept), None)
     if kept is not None:
         floats = next(way for way in ranked if not way.kept)
         texts = f"kept as integers {kept.predicted_us:.1f} us", f"as floats {floats.predicted_us:.1f} us"
-        return f"weights {', '.join(texts if ranked[0].kept else texts[::-1])}"
+        return f"weights {', '.join(texts if chosen.kept else texts[::-1])}"
     dense = next(way for way in ranked if not way.sparse)
     best = next((way for way in ranked if way.sparse), None)
     if best is None:

@@ -53,7 +53,7 @@ def test_per_tensor():
 
 
 @pytest.mark.parametrize(
-    "options", [{"m": 256}, {"block": 0, "scales": "inputs", "kind": "int8"}, {"op": "Gemm", "alpha": 0.5}],
+    "options", [{"m": 256, "block": 16}, {"block": 0, "scales": "inputs", "kind": "int8"}, {"op": "Gemm", "alpha": 0.5}],
     ids=["many rows", "a scale for each input", "scaled"],
 )  # fmt: skip
 def test_weights_become_floats(options):
