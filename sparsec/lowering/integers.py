@@ -8,7 +8,7 @@ With DQ and Q of one scale for the whole tensor, and f an operator that only mov
 Maxima select too: Q and DQ keep the order of values. Padding with a constant c becomes padding with Q(c), which is
 exact behind a Q; behind a DQ only where c is one of its values. All hold bit by bit. What is left are moves of bytes, an
 eighth part of whose traffic float32 would be, and Q and DQ that meet what they can be fused with; a Q of another scale
-than the DQ before it is a table of 256 bytes.
+than the DQ before it is a table of 256 bytes. A constant behind a Q is stored as integers.
 
 A Q goes up only if nobody else reads the values that move, and not where it would quantize an input of the model that
 the move makes smaller. A DQ that others read stays for them.
@@ -41,7 +41,7 @@ def move_integers(model: ir.Model) -> ir.Model:
 def _near_move(node: ir.Node) -> bool:
     if node.op_type == "QuantizeLinear":
         maker = node.inputs[0].producer() if node.inputs[0] is not None else None
-        return maker is not None and _moves(maker)
+        return maker is not None and (_moves(maker) or constant(node.inputs[0]) is not None)
     return any(_moves(use.node) for use in node.outputs[0].uses())
 
 
@@ -196,9 +196,14 @@ class _Mover:
         return stored
 
     def _cancel(self, node: ir.Node) -> bool:
-        """Q(DQ(q)) is q."""
-        past, stored = source(node.inputs[0]), node.outputs[0]
-        if past is None or past.type != type_of(node):
+        """Q(DQ(q)) is q; a Q of a constant is one."""
+        past, stored, kind = source(node.inputs[0]), node.outputs[0], type_of(node)
+        array = constant(node.inputs[0])
+        if array is not None and kind is not None and not stored.is_graph_output():
+            stored.replace_all_uses_with(self._constant(self._fresh(f"{stored.name}/integers"), kind.quantize(array)))
+            self.graph.remove(node, safe=True)
+            return True
+        if past is None or past.type != kind:
             return False
         q = past.value
         if stored.is_graph_output():

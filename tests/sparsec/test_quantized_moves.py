@@ -11,7 +11,8 @@ from quantized_models import check, feeds_of, graph, kernels, optimized
 from sparsec.loading import load_model, model_bytes
 from sparsec.lowering import lower
 from sparsec.lowering.integers import move_integers
-from sparsec.targets import find_target
+from sparsec.runtimes.emulated import find_emulator
+from sparsec.targets import find_target, with_precision
 
 CONSTANTS = """, int64[2] two_two = {2, 2}, int64[3] order = {2, 0, -1}, int64[1] front = {1}, int64[1] back = {-1},
     int64[1] far = {-100}, int64[1] minus = {-2}, int64[1] axis2 = {2}, int64[1] axis3 = {3}, int64[8] pads = {0, 1, 0, 2, 0, 0, 3, 1},
@@ -156,6 +157,20 @@ def test_means(pool):
     assert len(kernels(check(model))) == 1
 
 
+@pytest.mark.skipif(find_emulator() is None, reason="no emulator of Arm")
+def test_with_float16_around():
+    """Means that leave integers are float32 whatever the others compute in."""
+    target = with_precision(find_target("arm", "armv8.2-a"), "f16")
+    nodes = "x = D(q, s, z)  y = GlobalAveragePool(x)  r = Sigmoid(y)  b = Resize<mode='linear'>(x, none, twice)  p = Relu(b)"
+    model = moved(nodes, "float[2, 6, 1, 1] r, float[2, 6, 12, 20] p")
+    feeds = feeds_of(model)
+    program = lower(load_model(model), target)
+    found, expected = run_program(program, feeds), onnx_runtime(model.SerializeToString(), feeds)
+    assert {layer.route for layer in program.layers} == {"native"}
+    for name, value in expected.items():
+        assert np.abs(found[name] - value).max() <= 2e-3 * np.abs(value).max()
+
+
 def test_one_dimensional_windows():
     for kind in ("MaxPool", "AveragePool"):
         nodes = f"x = D(q, s, z)  y = {kind}<kernel_shape=[3], strides=[2], pads=[1, 1]>(x)  r = Q(y, s, z)"
@@ -203,6 +218,23 @@ def test_what_is_not_moved(nodes):
     model = load_model(graph(X, f"{kind}[a, b, c, d] r", nodes.replace("'", '"'), constants))
     before = [node.op_type for node in model.graph]
     assert [node.op_type for node in move_integers(model).graph] == before
+
+
+def test_a_constant_quantized_twice_is_a_constant():
+    """Weights as ONNX Runtime leaves them when it quantizes a quantized model: integers, reals, other integers."""
+    integers = (np.arange(36) * 7 % 255 - 127).astype(np.int8).reshape(6, 6, 1, 1)
+    constants = f"{CONSTANTS}, int8[6, 6, 1, 1] i = {{{', '.join(map(str, integers.reshape(-1)))}}}"
+    twice = "a = D(i, t, n)  b = Q(a, s, n)"
+    model = load_model(
+        graph(
+            X, "uint8[2, 6, 6, 10] r", f"x = D(q, s, z) {twice} c = D(b, s, n) y = Conv(x, c) r = Q(y, s, z)", constants
+        )
+    )
+    found = move_integers(model).graph
+    assert [node.op_type for node in found] == ["DequantizeLinear"] * 2 + ["Conv", "QuantizeLinear"]
+    (weight,) = (v for v in found.initializers.values() if str(v.name).endswith("/integers"))
+    computed = graph("int8[6, 6, 1, 1] i", "int8[6, 6, 1, 1] b", twice).SerializeToString()
+    np.testing.assert_array_equal(weight.const_value.numpy(), onnx_runtime(computed, {"i": integers})["b"])
 
 
 def test_the_model_itself_stays_and_twice_is_once():

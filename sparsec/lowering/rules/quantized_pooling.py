@@ -85,7 +85,7 @@ def _group(node: ir.Node, context: Context) -> QuantGroup:
 
 
 def _taken(group: QuantGroup, call: KernelCall, x: Source, reason: str, us: float) -> Taken:
-    return Taken(group, emit_simple(group, call, {"x": x.value}, reason, us))
+    return Taken(group, emit_simple(group, call, {"x": x.value}, reason, us, element="float32"))
 
 
 def _window_us(machine: Machine, node: ir.Node, window: Window) -> float:

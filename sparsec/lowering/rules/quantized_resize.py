@@ -123,4 +123,6 @@ def take_quantized_resize(node: ir.Node, context: Context) -> Taken | str | None
     lines, out = float(planes * rows.size), float(planes * rows.size * columns.size)
     gathered = 2 * out / (machine.loads * machine.ghz * 1e3)  # two loads a result, one by one
     us = gathered + roofline_us(machine, 4 * lines * shape[-1] + 12 * out, 2 * lines * shape[-1] + out)
-    return Taken(group, emit_simple(group, call, {"x": x.value}, "bilinear, weights in fixed point", us))
+    return Taken(
+        group, emit_simple(group, call, {"x": x.value}, "bilinear, weights in fixed point", us, element="float32")
+    )
