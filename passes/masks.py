@@ -18,7 +18,7 @@ collapse: Tanaka et al. 2020, arXiv:2006.05467.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +75,18 @@ def draw_masks(
     grids = [_grid(w, s, pattern) for w, s in zip(weights, scores, strict=True)]
     shares = [sparsities] * len(grids) if isinstance(sparsities, (int, float)) else list(sparsities)
     return _spread(_keep_by_layer(grids, shares), grids, weights, pattern)
+
+
+def draw_masks_in_turn(weights: Iterable[np.ndarray], pattern: Pattern, sparsity: float) -> Iterator[np.ndarray]:
+    """`draw_masks` by magnitude with one share for all, holding one layer at a time."""
+    carry = 0.0
+    for weight in weights:
+        if pattern.keep:
+            yield n_of_m_mask(magnitude(weight), pattern.keep, pattern.group)
+            continue
+        grid = _grid(weight != 0, magnitude(weight), pattern)
+        keep, carry = _keep(grid, sparsity, carry)
+        yield _spread([keep], [grid], [weight], pattern)[0]
 
 
 def draw_masks_globally(
@@ -142,16 +154,21 @@ def _spread(
 def _keep_by_layer(grids: Sequence[_Grid], sparsities: Sequence[float]) -> list[np.ndarray]:
     kept, carry = [], 0.0
     for grid, sparsity in zip(grids, sparsities, strict=True):
-        order = np.argsort(grid.score, kind="stable")
-        ordered = grid.nonzeros[order]
-        more = sparsity * grid.weights + carry - (grid.weights - int(ordered.sum()))
-        count = _prefix(ordered, more)
-        # Clipped, so that a layer with too many zeros does not make the next one denser.
-        carry = float(np.clip(more - int(ordered[:count].sum()), -grid.block, grid.block))
-        keep = np.ones(order.size, bool)
-        keep[order[:count]] = False
+        keep, carry = _keep(grid, sparsity, carry)
         kept.append(keep)
     return kept
+
+
+def _keep(grid: _Grid, sparsity: float, carry: float) -> tuple[np.ndarray, float]:
+    """The blocks that stay, and how many zeros are missing: the next layer makes up for them."""
+    order = np.argsort(grid.score, kind="stable")
+    ordered = grid.nonzeros[order]
+    more = sparsity * grid.weights + carry - (grid.weights - int(ordered.sum()))
+    count = _prefix(ordered, more)
+    keep = np.ones(order.size, bool)
+    keep[order[:count]] = False
+    # Clipped, so that a layer with too many zeros does not make the next one denser.
+    return keep, float(np.clip(more - int(ordered[:count].sum()), -grid.block, grid.block))
 
 
 def _keep_globally(grids: Sequence[_Grid], sparsity: float, floor: float) -> list[np.ndarray]:

@@ -31,12 +31,13 @@ import onnx_ir as ir
 from sparsec.errors import RecipeError
 from sparsec.passes.allocate import MEASURED, allocate
 from sparsec.passes.layers import WEIGHTED, WeightedLayer, block_sums, select_layers, spread_blocks
-from sparsec.passes.masks import Pattern, draw_masks, draw_masks_globally, supports
+from sparsec.passes.masks import Pattern, draw_masks, draw_masks_globally, draw_masks_in_turn, supports
 from sparsec.passes.oneshot import OneShot
 from sparsec.passes.reconstruct import RIDGE, reconstruct
 from sparsec.passes_api import Context, Pass, PassResult
 
 DEFAULT_SPARSITY = 0.5
+MANY = 1 << 27  # weights: more are pruned layer by layer where that gives the same
 SCATTERED = 0.75  # zeros count as scattered if blocks of zeros are less than this part of the share asked for
 
 
@@ -110,6 +111,9 @@ class Prune(Pass):
             importance = "magnitude" if context.calibration is None else "second-order"
         if importance != "magnitude" and context.calibration is None:
             raise RecipeError(f"prune: importance={importance} looks at activations and needs --calibration")
+        plain = self.scope == "layer" and self.allocation in ("auto", "uniform") and self.budget == "weights"
+        if plain and importance == "magnitude" and context.calibration is None and sum(x.size for x in layers) > MANY:
+            return PassResult(model, self._in_turn(layers, pattern, context))
         before = {layer.name: layer.read().copy() for layer in layers}
         alone = OneShot(model, layers, context.calibration, pattern, importance, self.refit != "none")
         shares = self._shares(model, layers, alone, context)
@@ -138,6 +142,29 @@ class Prune(Pass):
         for layer in layers:
             modified |= _record(layer, before[layer.name], errors.get(layer.name), context)
         return PassResult(model, modified)
+
+    def _in_turn(self, layers: Sequence[WeightedLayer], pattern: Pattern, context: Context) -> bool:
+        """The plainest case layer by layer, for weights that fill the memory: nothing is held but the result."""
+        modified, total, zeros, filled = False, 0, 0, 0
+        masks = draw_masks_in_turn((layer.read() for layer in layers), pattern, self.sparsity)
+        for done, layer in enumerate(layers, 1):
+            mask = next(masks)
+            weight = layer.read()
+            mask &= weight != 0
+            total, zeros = total + weight.size, zeros + weight.size - int(np.count_nonzero(weight))
+            left = int(np.count_nonzero(mask))
+            changed = left < int(np.count_nonzero(weight))
+            filled += 0 if modified or changed or pattern.keep else _filled(weight, pattern)
+            if changed:
+                layer.write(np.where(mask, weight, np.zeros((), weight.dtype)))
+            context.tell(f"prune {layer.name}", done, len(layers))
+            context.records.append(
+                {"layer": layer.name, "weights": layer.size, "zeros": layer.size - left, "changed": changed}
+            )
+            modified |= changed
+        if not modified and not pattern.keep:
+            self._refuse_shares(zeros / total, filled / total)
+        return modified
 
     def _shares(
         self, model: ir.Model, layers: Sequence[WeightedLayer], alone: OneShot, context: Context
@@ -178,9 +205,12 @@ class Prune(Pass):
         total = sum(w.size for w in weights)
         zeros = sum(w.size - int(np.count_nonzero(w)) for w in weights) / total
         filled = sum(_filled(w, pattern) for w in weights)
-        if zeros >= self.sparsity and filled / total < SCATTERED * self.sparsity:
+        self._refuse_shares(zeros, filled / total)
+
+    def _refuse_shares(self, zeros: float, filled: float) -> None:
+        if zeros >= self.sparsity and filled < SCATTERED * self.sparsity:
             text = f"the matched layers are {zeros:.3f} zero already, but {self.block} blocks hold only"
-            raise RecipeError(f"{text} {filled / total:.3f} of the weights; ask for a sparsity above {zeros:.3f}")
+            raise RecipeError(f"{text} {filled:.3f} of the weights; ask for a sparsity above {zeros:.3f}")
 
 
 def scaled(shares: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[float]:

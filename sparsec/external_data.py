@@ -18,6 +18,7 @@ import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import onnx
@@ -45,8 +46,8 @@ class ExternalFiles:
     folder: Path | None
     where: str
     limits: Limits
-    on_map: Callable[[int], None] = lambda size: None  # told the bytes of each file before it is mapped
-    _maps: dict[str, mmap.mmap] = field(default_factory=dict)
+    on_map: Callable[[int], None] = lambda size: None  # told the bytes of each tensor before it is mapped
+    _files: dict[str, tuple[IO[bytes], int]] = field(default_factory=dict)
 
     def extent(self, tensor: onnx.TensorProto) -> Extent:
         """The checked place of `tensor`'s data. Raises ModelError."""
@@ -64,16 +65,25 @@ class ExternalFiles:
         if length != need or offset < 0:
             text = f"expected {need} bytes for {list(tensor.dims)}, got length {length} at offset {offset}"
             raise ModelError(f"{what}: {text}", self.where)
-        size = len(self._map(location, what)) if need else 0
+        size = self._file(location, what)[1] if need else 0
         if need and offset + length > size:
             raise ModelError(f"{what}: {location!r} has {size} bytes, expected at least {offset + length}", self.where)
         return Extent(location, offset, length)
 
     def view(self, extent: Extent) -> np.ndarray:
-        """The bytes, uint8 [length], mapped and read-only."""
+        """The bytes, uint8 [length], read-only; a mapping of their own, that ends with the array."""
         if not extent.length:
             return np.zeros(0, np.uint8)
-        return np.frombuffer(self._map(extent.location, extent.location), np.uint8, extent.length, extent.offset)
+        file, _ = self._file(extent.location, extent.location)
+        before = extent.offset % mmap.ALLOCATIONGRANULARITY
+        self.on_map(extent.length)
+        try:
+            mapping = mmap.mmap(
+                file.fileno(), before + extent.length, access=mmap.ACCESS_READ, offset=extent.offset - before
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{extent.location!r} cannot be mapped: {error}", self.where) from error
+        return np.frombuffer(mapping, np.uint8, extent.length, before)
 
     def check(self, extents: Iterable[tuple[str, Extent]]) -> None:
         """Raise ModelError for tensors (name, extent) that are too much together or that overlap in part."""
@@ -94,16 +104,17 @@ class ExternalFiles:
             raise ModelError(f"{what}: offset and length must be integers", self.where)
         return int(text)
 
-    def _map(self, location: str, what: str) -> mmap.mmap:
-        found = self._maps.get(location)
+    def _file(self, location: str, what: str) -> tuple[IO[bytes], int]:
+        """The open file and its size."""
+        found = self._files.get(location)
         if found is None:
             try:
-                found = self._maps[location] = self._open(location, what)
+                found = self._files[location] = self._open(location, what)
             except OSError as error:
                 raise ModelError(f"{what}: cannot read {location!r}: {error.strerror or error}", self.where) from error
         return found
 
-    def _open(self, location: str, what: str) -> mmap.mmap:
+    def _open(self, location: str, what: str) -> tuple[IO[bytes], int]:
         if self.folder is None:
             text = "keeps its data in another file; give the model's path instead of its bytes"
             raise ModelError(f"{what.removeprefix('external data of ')} {text}", self.where)
@@ -113,31 +124,29 @@ class ExternalFiles:
             )
         root = Path(os.path.realpath(self.folder))
         path = Path(os.path.realpath(root / location))
-        outside = ModelError(f"{what}: {location!r} lies outside the model's folder", self.where)
         if not path.is_relative_to(root) or path == root:
-            raise outside
+            raise ModelError(f"{what}: {location!r} lies outside the model's folder", self.where)
         try:
-            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            file = open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")  # noqa: SIM115
         except FileNotFoundError as error:
             raise ModelError(f"{what}: no such file {location!r} beside the model", self.where) from error
         try:
-            if not Path(os.readlink(f"/proc/self/fd/{handle}")).is_relative_to(root):  # renamed meanwhile
-                raise outside
-            facts = os.fstat(handle)
-            if not stat.S_ISREG(facts.st_mode):
-                raise ModelError(f"{what}: {location!r} is not a regular file", self.where)
-            if facts.st_nlink > 1:
-                text = f"{location!r} has {facts.st_nlink} hard links, so that it may be a file from elsewhere"
-                raise ModelError(f"{what}: {text}; copy it", self.where)
-            if not facts.st_size:
-                raise ModelError(f"{what}: {location!r} has 0 bytes", self.where)
-            if facts.st_size > self.limits.weight_bytes:
-                text = f"{location!r} has {facts.st_size} bytes, at most {self.limits.weight_bytes} are read"
-                raise ModelError(f"{what}: {text} (--limit weight-bytes=N)", self.where)
-            self.on_map(facts.st_size)
-            return mmap.mmap(handle, facts.st_size, access=mmap.ACCESS_READ)
-        finally:
-            os.close(handle)
+            return file, self._checked(file.fileno(), location, what, root)
+        except BaseException:
+            file.close()
+            raise
+
+    def _checked(self, handle: int, location: str, what: str, root: Path) -> int:
+        """The size of an open file that may be read."""
+        if not Path(os.readlink(f"/proc/self/fd/{handle}")).is_relative_to(root):  # renamed meanwhile
+            raise ModelError(f"{what}: {location!r} lies outside the model's folder", self.where)
+        facts = os.fstat(handle)
+        if not stat.S_ISREG(facts.st_mode):
+            raise ModelError(f"{what}: {location!r} is not a regular file", self.where)
+        if facts.st_nlink > 1:
+            text = f"{location!r} has {facts.st_nlink} hard links, so that it may be a file from elsewhere"
+            raise ModelError(f"{what}: {text}; copy it", self.where)
+        return facts.st_size
 
 
 def tensor_bits(tensor: onnx.TensorProto, where: str) -> int:

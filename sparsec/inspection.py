@@ -68,6 +68,20 @@ def weight_counts(model_bytes: bytes) -> dict[str, int]:
     return {"raw_bytes": raw, "weights": elements, "weight_zeros": elements - nonzeros}
 
 
+def count_weights(model: Any) -> dict[str, int]:
+    """`weight_counts` of an `onnx_ir.Model`, one tensor at a time."""
+    import numpy as np
+
+    raw = elements = nonzeros = 0
+    for value in model.graph.initializers.values():
+        array = value.const_value.numpy()
+        if array.dtype.kind == "f":
+            raw += array.nbytes
+            elements += array.size if array.ndim >= 2 else 0
+            nonzeros += int(np.count_nonzero(array)) if array.ndim >= 2 else 0
+    return {"raw_bytes": raw, "weights": elements, "weight_zeros": elements - nonzeros}
+
+
 def _constants(graph: Any) -> list[Any]:
     found = list(graph.initializer)
     for node in graph.node:

@@ -3,8 +3,10 @@ claims equal outputs they are compared; each step can be written to a folder."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ from onnx_ir.passes import PassResult
 
 from sparsec.data import input_spec, load_data
 from sparsec.errors import CheckError, RecipeError, SparsecError, UsageError
+from sparsec.exchange import large, without_data
 from sparsec.loading import model_bytes
 from sparsec.passes.fold_constants import quiet_session
 from sparsec.passes_api import META_KEY, Context, PassStep, Price, Progress, Samples, as_step
 from sparsec.rounding import Rounding, allowed_count, beyond, rounding
+from sparsec.saving import fits_one_file, save_model
 from sparsec.tolerance import derive_tolerance
 
 # Folding rounds each weight once more, u * sqrt(3 k) not the u * sqrt(2 k) of two implementations (tolerance.py),
@@ -47,27 +51,27 @@ def run_passes(
     if isinstance(calibration, Mapping):
         calibration = load_data(calibration, [input_spec(value) for value in model.graph.inputs])
     folder = _dump_folder(dump)
-    data = model_bytes(model)
-    _write(folder, "10-load.onnx", data)
+    data = _snapshot(model)
+    _write(folder, "10-load.onnx", model, data)
     records = []
-    original, equal = data, True
+    original, equal = data.content, True
     for index, step in enumerate(steps):
         if progress is not None:
             progress(step.name, index, len(steps))
         model, record = _run(model, step, Context(calibration, target, progress, original=original, price=price))
-        after = model_bytes(model)
+        after = _snapshot(model)
         record["modified"] = after != data
         stem = f"{10 * (index + 2)}-{step.name}"
         if after == data:
-            _write(folder, f"{stem}.unchanged.txt", f"{step.name} changed nothing\n".encode())
+            _write_text(folder, f"{stem}.unchanged.txt", f"{step.name} changed nothing\n")
         else:
-            _check(after, step)
-            if step.exact:
-                record["max_relative_error"] = check_equal(data, after, step.name, calibration)
-            _write(folder, f"{stem}.onnx", after)
+            _check(model, after.content, step)
+            if step.exact and data.content is not None and after.content is not None:
+                record["max_relative_error"] = check_equal(data.content, after.content, step.name, calibration)
+            _write(folder, f"{stem}.onnx", model, after)
         data = after
         equal = equal and (step.exact or not record["modified"])
-        original = after if equal else original
+        original = after.content if equal else original
         records.append(record)
     if progress is not None and steps:
         progress("rewrite", len(steps), len(steps))
@@ -99,13 +103,38 @@ def _run(model: ir.Model, step: PassStep, context: Context) -> tuple[ir.Model, d
     return result.model, {**record, "details": context.records}
 
 
-def _check(data: bytes, step: PassStep) -> None:
+@dataclass(frozen=True)
+class _Snapshot:
+    """What a model is, to see whether a pass changed it."""
+
+    content: bytes | None  # None: above 2 GB
+    outline: bytes = b""  # then: all but the large tensors, and digests of these
+    digests: tuple[bytes, ...] = ()
+
+
+def _snapshot(model: ir.Model) -> _Snapshot:
+    if fits_one_file(model):
+        return _Snapshot(model_bytes(model))
+    return _Snapshot(None, without_data(model).SerializeToString(deterministic=True), tuple(_digests(model)))
+
+
+def _digests(model: ir.Model) -> Iterable[bytes]:
+    for value in model.graph.initializers.values():
+        if large(value):
+            assert value.const_value is not None
+            array = np.ascontiguousarray(value.const_value.numpy())
+            yield hashlib.blake2b(array.reshape(-1).view(np.uint8).data).digest()
+
+
+def _check(model: ir.Model, data: bytes | None, step: PassStep) -> None:
     where = f"pass {step.name}"
     try:
-        onnx.checker.check_model(data, full_check=True)
+        onnx.checker.check_model(without_data(model) if data is None else data, full_check=True)
     except Exception as error:
         text = " ".join(str(error).split())[:300]
         raise CheckError(f"left an invalid ONNX model: {text} ({step.origin})", where) from error
+    if data is None:  # more than a session can be given
+        return
     try:
         quiet_session(data)
     except Exception as error:
@@ -209,10 +238,22 @@ def _dump_folder(dump: str | os.PathLike[str] | None) -> Path | None:
     return folder
 
 
-def _write(folder: Path | None, name: str, data: bytes) -> None:
+def _write(folder: Path | None, name: str, model: ir.Model, data: _Snapshot) -> None:
     if folder is None:
         return
     try:
-        (folder / name).write_bytes(data)
+        if data.content is None:
+            save_model(model, folder / name, overwrite=True)
+        else:
+            (folder / name).write_bytes(data.content)
+    except OSError as error:
+        raise UsageError(f"cannot write {folder / name}: {error.strerror}", "--dump") from error
+
+
+def _write_text(folder: Path | None, name: str, text: str) -> None:
+    if folder is None:
+        return
+    try:
+        (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write {folder / name}: {error.strerror}", "--dump") from error

@@ -149,26 +149,24 @@ def rewrite_verb(
     model: str, output: str, overwrite: bool, rewriting: Rewriting, fixed: Fixed, as_json: bool, verbose: bool
 ) -> None:
     """An ONNX model into an ONNX model."""
-    from sparsec.artifact import staged_file
+    from sparsec.artifact import check_output
 
     start = time.perf_counter()
-    with staged_file(Path(output), overwrite) as stage:
-        from sparsec.compiler import rewrite
-        from sparsec.loading import model_bytes
+    check_output(Path(output), overwrite)
+    from sparsec.compiler import rewrite
+    from sparsec.inspection import count_weights
+    from sparsec.saving import save_model
 
-        records: list[dict[str, Any]] = []
-        with progress() as say:
-            result = rewrite(model, **rewriting.arguments, **fixed.arguments, records=records, progress=say)
-        show_fronts(records)
-        data = model_bytes(result)
-        stage.write_bytes(data)
-    from sparsec.inspection import weight_counts
-
-    counts = weight_counts(data)
+    records: list[dict[str, Any]] = []
+    with progress() as say:
+        result = rewrite(model, **rewriting.arguments, **fixed.arguments, records=records, progress=say)
+    show_fronts(records)
+    size = save_model(result, Path(output), overwrite)
+    counts = count_weights(result)
     zeros = counts["weight_zeros"] / counts["weights"] if counts["weights"] else 0.0
     seconds = time.perf_counter() - start
     if as_json:
-        facts = {"model": output, "bytes": {"onnx": len(data)}, "weights": counts["weights"], "zeros": round(zeros, 6)}
+        facts = {"model": output, "bytes": {"onnx": size}, "weights": counts["weights"], "zeros": round(zeros, 6)}
         print_json({**facts, "nodes": len(list(result.graph)), "seconds": round(seconds, 3)})
     else:
-        click.echo(f"{output}  {len(data):,} B, {100 * zeros:.1f}% of the weights are zero, {seconds:.1f} s")
+        click.echo(f"{output}  {size:,} B, {100 * zeros:.1f}% of the weights are zero, {seconds:.1f} s")
