@@ -172,6 +172,11 @@ class _Server:
                 self.process.stderr.close()
 
 
+def available() -> bool:
+    """Whether this system has what workers are made of: anonymous files, descriptors of processes (Linux 5.3)."""
+    return all(hasattr(os, name) for name in ("memfd_create", "pidfd_open")) and os.path.exists("/proc/self/statm")
+
+
 _lock = threading.Lock()
 _servers: dict[str, _Server] = {}
 

@@ -22,6 +22,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from sparsec import isolation
 from sparsec.errors import ModelError, SparsecError, UnsupportedError, UsageError
 from sparsec.exchange import mapped, pack, unpack, without_data
 from sparsec.external_data import RANK, Extent, ExternalFiles
@@ -96,7 +97,9 @@ def load_model(
     if isinstance(source, ir.Model):
         source = ir.to_proto(source)
     shapes, bind = dict(shapes or {}), dict(bind or {})
-    if limits.isolate:
+    if limits.isolate and not isolation.available():
+        notes.append("this system cannot read models in a process of their own: memory and time are not limited")
+    elif limits.isolate:
         return _isolated(source, shapes, bind, notes, limits)
     return load_here(source, shapes, bind, notes, limits)[0]
 
