@@ -81,7 +81,7 @@ def _early(model: str, output: str, overwrite: bool, machine: Machine, limits: L
         machine.find()
     if os.path.isfile(model):
         check_output(artifact_path(output, Path(model).name.removesuffix(".onnx").removesuffix(SUFFIX)), overwrite)
-        if limits.isolate:
+        if limits.isolate and isolation.available():
             isolation.start("sparsec.loading")
 
 
