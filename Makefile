@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help demo test test-torch test-backend lint types wheel clean qemu
+.PHONY: help fuzz demo test test-torch test-backend lint types wheel clean qemu
 
 help:
 	@echo "make demo    install, then compile, run and verify the shipped model on host and arm"
 	@echo "make test    install, then run the whole suite"
 	@echo "make test-torch   install torch too, then run the tests that need it"
 	@echo "make test-backend every node test of onnx.backend.test, about 4 minutes of CPU time; make test runs a sixth of them"
+	@echo "make fuzz    damaged files and random graphs, for about two hours"
 	@echo "make lint    ruff          make types   mypy"
 	@echo "make wheel   build the wheel into dist/"
 
@@ -33,6 +34,11 @@ test-torch: $(BIN)/.installed
 
 test-backend: $(BIN)/.installed
 	$(BIN)/python -W ignore tools/backend_suite.py --jobs $(JOBS)
+
+fuzz: $(BIN)/.installed
+	$(BIN)/python -m fuzz.c.run --seconds 600
+	$(BIN)/python -m fuzz.run --seconds 600
+	$(BIN)/python -m fuzz.graphs --graphs 5000 --seed $$(date +%s)
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .
