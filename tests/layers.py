@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from harness import Library, Room
 
 from sparsec.kernels.base import KernelCall
 from sparsec.program import Kernel
-from sparsec.targets import Target
+from sparsec.runtimes.base import machine_arch
+from sparsec.runtimes.emulated import find_emulator
+from sparsec.targets import Target, find_target, host_cpu, missing_features
+
+T = TypeVar("T")
 
 _FILLS = (12344.0, 54304.0)  # what no result is
 _BYTES = (0x5A, 0xA5)
@@ -18,6 +23,31 @@ _BYTES = (0x5A, 0xA5)
 def _fills(element: str) -> tuple[float, float]:
     """Two values, one of which a result differs from."""
     return (_BYTES if element == "uint8" else (_BYTES[0], -_BYTES[0])) if "int" in element else _FILLS
+
+
+def _runnable() -> tuple[str, ...]:
+    """One CPU for every instruction of 8-bit sums and width of it that this machine has."""
+    if machine_arch() != "x86_64":
+        return (host_cpu(),)
+    levels = ("x86-64-v2", "x86-64-v3", "alderlake", "x86-64-v4", "cascadelake", "znver5")
+    return tuple(name for name in levels if not missing_features(find_target("host", name)))
+
+
+_HOST_DOT_CPUS = _runnable()
+EMULATED_DOT_CPUS = ("cortex-a53", "armv8.6-a", "armv8.2-a") if machine_arch() != "aarch64" and find_emulator() else ()
+DOT_CPUS = (*_HOST_DOT_CPUS, *EMULATED_DOT_CPUS)
+_EVERYTHING = (_HOST_DOT_CPUS[-1], "armv8.2-a")
+
+
+def share(cases: Sequence[T], target: Target, parts: int) -> list[T]:
+    """The cases for one of DOT_CPUS: all on this machine's best and on Arm's default, elsewhere every `parts`-th.
+
+    Neighbouring CPUs take other ones, so that every case runs on some of them; compiling for all would take minutes.
+    """
+    if target.cpu in _EVERYTHING:
+        return list(cases)
+    others = [cpu for cpu in DOT_CPUS if cpu not in _EVERYTHING]
+    return list(cases[others.index(target.cpu) % min(parts, len(cases)) :: parts])
 
 
 class Layer:

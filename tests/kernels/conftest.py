@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from layers import DOT_CPUS, EMULATED_DOT_CPUS
 
 from sparsec.runtimes.base import machine_arch
 from sparsec.runtimes.emulated import find_emulator
@@ -16,21 +17,11 @@ _RUNNABLE = (
 )
 _EMULATED = ("armv8.2-a",) if machine_arch() != "aarch64" and find_emulator() else ()
 
-_DOTS = (  # one CPU for every instruction of 8-bit sums and width of it
-    "x86-64-v2", "x86-64-v3", "alderlake", "x86-64-v4", "cascadelake", "znver5"
-)  # fmt: skip
-_RUNNABLE_DOTS = (
-    [name for name in _DOTS if not missing_features(find_target("host", name))]
-    if machine_arch() == "x86_64"
-    else [host_cpu()]
-)
-_EMULATED_DOTS = ("armv8.2-a", "armv8.6-a", "cortex-a53") if _EMULATED else ()
 
-
-@pytest.fixture(params=[*_RUNNABLE_DOTS, *_EMULATED_DOTS])
+@pytest.fixture(params=DOT_CPUS)
 def dot_target(request: pytest.FixtureRequest) -> Target:
-    """The host with each of its instructions for 8-bit sums, and Arm with and without dot products."""
-    return find_target("arm" if request.param in _EMULATED_DOTS else "host", request.param)
+    """The host with each of its instructions for 8-bit sums, and Arm with each of its own."""
+    return find_target("arm" if request.param in EMULATED_DOT_CPUS else "host", request.param)
 
 
 @pytest.fixture(params=[*_RUNNABLE, *_EMULATED])

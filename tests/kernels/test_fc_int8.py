@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import Layer, check_layers
+from layers import Layer, check_layers, share
 
 from sparsec.kernels import fc_int8, gemm_int8
 from sparsec.kernels.epilogue import NONE, RELU, Activation
@@ -49,24 +48,25 @@ def layer(machine, m, k, n, form, density, *, steps=SUMS, x_type=UNSIGNED):
     return Layer(call, expected, 1.5 if steps.y else 1e-4, **given)
 
 
-@pytest.mark.parametrize("form", fc_int8.TABLE, ids=lambda form: form.format)
-def test_sums(dot_target, form):
-    machine = dot_target.machine
-    cases = [layer(machine, 1, 24, 37, form, density) for density in (0.0, "one", 1.0)]
-    cases += [layer(machine, 1, 130, 37, form, 0.4), layer(machine, 3, 22, 20, form, 0.4, x_type=SIGNED)]
-    cases += [layer(machine, 37, 21, 18, form, 0.5), layer(machine, 19, 24, 32, form, 0.0)]
-    cases += [layer(machine, 9, 22, 20, form, 0.6, x_type=SIGNED)]
-    check_layers(cases, dot_target)
+def test_sums(dot_target):
+    shapes = [(1, 24, 37, density, UNSIGNED) for density in (0.0, "one", 1.0)]
+    shapes += [(1, 130, 37, 0.4, UNSIGNED), (3, 22, 20, 0.4, SIGNED), (37, 21, 18, 0.5, UNSIGNED)]
+    shapes += [(19, 24, 32, 0.0, UNSIGNED), (9, 22, 20, 0.6, SIGNED)]
+    cases = [(form, *shape) for shape in shapes for form in fc_int8.TABLE]
+    layers = [
+        layer(dot_target.machine, m, k, n, form, density, x_type=x_type)
+        for form, m, k, n, density, x_type in share(cases, dot_target, 5)
+    ]
+    check_layers(layers, dot_target)
 
 
 def test_epilogues(dot_target):
     s, inner, silu = QuantType(0.07, -5, "int8"), QuantType(0.03, 200), Activation("silu")
     kinds = [Requantize(Y, RELU), Requantize(Y, RELU, "before", inner, s), Requantize(None, NONE, "before")]
-    cases = [layer(dot_target.machine, m, 20, 30, FORM, 0.5, steps=steps) for m in (1, 7) for steps in kinds]
-    cases += [
-        layer(dot_target.machine, 18, 20, 35, form, 0.5, steps=Requantize(s, silu)) for form in fc_int8.TABLE[::2]
-    ]
-    check_layers(cases, dot_target)
+    cases = [(m, 20, 30, FORM, steps) for m in (1, 7) for steps in kinds]
+    cases += [(18, 20, 35, form, Requantize(s, silu)) for form in fc_int8.TABLE[::2]]
+    layers = [layer(dot_target.machine, *shape, 0.5, steps=steps) for *shape, steps in share(cases, dot_target, 3)]
+    check_layers(layers, dot_target)
 
 
 @settings(max_examples=40, deadline=None)

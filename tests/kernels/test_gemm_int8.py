@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import Layer, check_layers
+from layers import Layer, check_layers, share
 
 from sparsec.kernels import gemm, gemm_int8
 from sparsec.kernels.epilogue import NONE, RELU, Activation
@@ -44,12 +44,12 @@ def requantized(machine, m, k, n, steps, x_type=UNSIGNED):
     return Layer(call, expected, 1.5 if steps.y else 1e-4, **given)
 
 
-@pytest.mark.parametrize("x_type", [UNSIGNED, SIGNED], ids=["uint8", "int8"])
-def test_sums(dot_target, x_type):
-    machine = dot_target.machine
+def test_sums(dot_target):
     sizes = [(1, 9, n) for n in (1, 3, 4, 7, 16, 17, 33, 150)] + [(2, 8, 37), (5, 7, 10), (7, 12, 70)]
     sizes += [(3, k, 20) for k in (1, 2, 4, 5, 31, 64)] + [(1, 70, 5), (1, 260, 300), (29, 12, 40)]
-    check_layers([sums(machine, *size, x_type=x_type) for size in sizes], dot_target)
+    cases = [(size, x_type) for size in sizes for x_type in (UNSIGNED, SIGNED)]
+    machine = dot_target.machine
+    check_layers([sums(machine, *size, x_type=kind) for size, kind in share(cases, dot_target, 3)], dot_target)
 
 
 def test_every_register_tile(dot_target):
@@ -62,13 +62,25 @@ def test_every_register_tile(dot_target):
 def test_epilogues(dot_target):
     y, s, inner = QuantType(0.05, 3), QuantType(0.07, -5, "int8"), QuantType(0.03, 200)
     silu = Activation("silu")
-    cases = [
+    kinds = [
         Requantize(y, RELU), Requantize(s), Requantize(s, silu), Requantize(None, RELU),
         Requantize(y, RELU, "before", inner, s), Requantize(s, silu, "after", inner, y), Requantize(None, NONE, "before"),
     ]  # fmt: skip
-    layers = [requantized(dot_target.machine, 3, 50, 37, steps) for steps in cases]
-    layers += [requantized(dot_target.machine, 1, 50, 37, cases[4], SIGNED)]
-    check_layers(layers, dot_target)
+    cases = [(3, 50, 37, steps) for steps in kinds]
+    cases += [(1, 50, 37, kinds[4], SIGNED), (2, 10, 75, kinds[0]), (2, 10, 111, kinds[4])]
+    check_layers([requantized(dot_target.machine, *case) for case in share(cases, dot_target, 3)], dot_target)
+
+
+def test_results_beyond_32_bits_saturate(dot_target):
+    n = 70
+    w, x = np.full((n, 8), 127, np.int8), np.full((3, 8), 255, np.uint8)
+    bias = np.where(np.arange(n) % 2, -(1 << 30), 1 << 30).astype(np.int32)
+    call = gemm_int8.bind(
+        dot_target.machine, m=3, w=w, x=QuantType(1.0, 0), w_scale=np.full(n, 64.0),
+        steps=Requantize(QuantType(1.0, 5)), bias=bias,
+    )  # fmt: skip
+    expected = np.broadcast_to(np.where(bias > 0, 255, 0), (3, n)).astype(np.float32)
+    check_layers([Layer(call, expected, 0.5, x=x)], dot_target)
 
 
 def test_sums_beyond_32_bits_are_refused():

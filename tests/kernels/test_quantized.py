@@ -6,12 +6,14 @@ import itertools
 
 import numpy as np
 import pytest
-from harness import run_kernel
+from harness import Library, Room, run_kernel
+from layers import share
 from tvm.tirx.script.builder import ir as T
 
 from sparsec.kernels import dots, emit, quantized
 from sparsec.kernels.epilogue import NONE, RELU, RELU6, Activation
-from sparsec.kernels.quantized import QuantType, Requantize
+from sparsec.kernels.quantized import QuantType, Requantize, reference_requantize
+from sparsec.program import Kernel
 
 EXTREMES = np.array([-128, -127, -1, 0, 1, 127], np.int8)
 
@@ -70,29 +72,45 @@ STEPS = (
 )  # fmt: skip
 
 
+def finishing(machine, steps, multiplier, size, together):
+    """A kernel that finishes sums: one vector at a time, or four as one of bytes."""
+    lanes = machine.lanes
+
+    def body(x, o, y, begin, end):
+        with T.serial(begin, end) as t:
+            first = t * (lanes * together)
+            factor = emit.constant(multiplier, lanes)
+            places = [first + v * lanes for v in range(together)]
+            sums = [emit.load(x, at, lanes) for at in places]
+            others = [emit.load(o, at, lanes) if steps.residual != "none" else None for at in places]
+            if together == 1:
+                value = steps.finish(machine, sums[0], factor, others[0])
+            else:
+                value = steps.finish_bytes(machine, sums, [factor] * together, others)
+            emit.store(y, first, value, lanes * together)
+
+    return emit.function([("x", size, "int32"), ("o", size, steps.other_element), ("y", size, steps.element)], body)
+
+
 def test_requantize(dot_target):
     """Within one step where float32 operations of another order round to the other side, equal nearly everywhere."""
-    machine = dot_target.machine
-    lanes, tiles = machine.lanes, 64
+    machine, tiles = dot_target.machine, 64
+    size = 4 * machine.lanes * tiles
     rng = np.random.default_rng(1)
-    size = lanes * tiles
-    for steps in STEPS if machine.dot == "vnni" or machine.lane_fma else STEPS[::7]:
-        acc = rng.integers(-40000, 40000, size).astype(np.int32)
-        acc[:4] = -(1 << 31), (1 << 31) - 1, 0, 1
+    acc = rng.integers(-40000, 40000, size).astype(np.int32)
+    acc[:4] = -(1 << 31), (1 << 31) - 1, 0, 1
+    cases = []
+    for i, steps in enumerate(share(STEPS, dot_target, 5)):
         multiplier = steps.multipliers(QuantType(0.02, 0), np.full(1, 0.013))
         other = bytes_of(rng, size).view(steps.other_element) if steps.other else rng.standard_normal(size).astype("f")
-
-        def body(x, o, y, begin, end, steps=steps, multiplier=multiplier):
-            with T.serial(begin, end) as t:
-                rest = emit.load(o, t * lanes, lanes) if steps.residual != "none" else None
-                value = steps.finish(
-                    machine, emit.load(x, t * lanes, lanes), emit.constant(float(multiplier[0]), lanes), rest
-                )
-                emit.store(y, t * lanes, value, lanes)
-
-        func = emit.function([("x", size, "int32"), ("o", size, steps.other_element), ("y", size, steps.element)], body)
-        found = run_kernel(func, [acc, other, np.zeros(size, steps.element)], tiles, dot_target)[2]
-        expected = quantized.reference_requantize(acc, multiplier, steps, other)
+        for together in (1, 4) if steps.y is not None and machine.lanes >= 4 else (1,):
+            func = finishing(machine, steps, float(multiplier[0]), size, together)
+            cases.append((steps, Kernel(f"finish{i}x{together}", func), other, multiplier, 4 * tiles // together))
+    library = Library([kernel for _, kernel, *_ in cases], dot_target)
+    for steps, kernel, other, multiplier, count in cases:
+        rooms = [Room(array) for array in (acc, other, np.zeros(size, steps.element))]
+        library.call(kernel.name, rooms, count)
+        found, expected = rooms[2].array, reference_requantize(acc, multiplier, steps, other)
         if steps.y is None:
             np.testing.assert_allclose(found, expected, rtol=3e-6, atol=3e-6, err_msg=str(steps))
             continue

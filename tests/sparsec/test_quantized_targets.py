@@ -7,12 +7,13 @@ import onnx
 import onnx_ir as ir
 import pytest
 from layers import DOT_CPUS, EMULATED_DOT_CPUS
+from quantized_models import graph
 
 import sparsec
 from sparsec.artifact import Artifact
 from sparsec.passes.quantize import Quantize
-from tests.passes.conftest import parse, save
-from tests.passes.quant_networks import calibrated, classifier, images
+from tests.passes.conftest import save
+from tests.passes.quant_networks import classifier
 
 
 def compiled(model: onnx.ModelProto, cpu: str) -> Artifact:
@@ -43,13 +44,14 @@ def test_a_classifier(cpu: str, model: onnx.ModelProto) -> None:
 def test_zeros_in_columns() -> None:
     """Blocks of 4 outputs x 1 input, which have no structure along the input: a form that reads rows one by one."""
     rng = np.random.default_rng(0)
-
-    def f32(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape).astype(np.float32) / np.float32(np.sqrt(np.prod(shape[1:])))
-
-    kept = (rng.random((16, 64, 1, 1)) < 0.15).repeat(4, 0)
-    text = "g (float[1,3,12,12] x) => (float[1,64,12,12] y) { a = Conv<pads = [1, 1, 1, 1]>(x, w0) r = Relu(a) y = Conv(r, w1) }"
-    model = parse(text, {"w0": f32(64, 3, 3, 3), "w1": f32(64, 64, 1, 1) * kept})
-    made = compiled(quantized(calibrated(model, images())), DOT_CPUS[-1])
+    kept = (rng.random((16, 64)) < 0.15).repeat(4, 0)
+    w = np.where(kept, rng.integers(-127, 128, kept.shape), 0)
+    numbers = ", ".join(map(str, w.reshape(-1)))
+    model = graph(
+        "uint8[1,64,12,12] x", "uint8[1,64,12,12] y",
+        "a = D(x, s, z) b = D(w, f, i) c = Conv(a, b) r = Relu(c) y = Q(r, s, z)",
+        f", int8[64,64,1,1] w = {{{numbers}}}, float f = {{0.004}}, int8 i = {{0}}",
+    )  # fmt: skip
+    made = compiled(model, DOT_CPUS[-1])
     assert made.manifest["parity"]["passed"]
-    assert any("_i8_4x1" in layer["kernel"] for layer in made.report["layers"])
+    assert [layer["kernel"][:14] for layer in made.report["layers"]] == ["conv1x1_i8_4x1"]
