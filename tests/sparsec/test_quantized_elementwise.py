@@ -38,6 +38,18 @@ def test_chains_are_tables(name):
     assert op.endswith("QuantizeLinear")
 
 
+def test_a_table_past_reshapes():
+    """Elements keep their order; an operator that broadcasts over itself does not end in as many."""
+    chain = "x = D(q, s, z)  a = Exp(x)  b = Reshape(a, shape)  r = Tanh(b)  y = Q(r, t, n)"
+    ((_, kernel),) = kernels(
+        check(graph("uint8[5,7] q", "int8[7,5] y", chain, ", int64[2] shape = {7, 5}"), exact=True)
+    )
+    assert kernel == "lookup_uint8"
+    square = "x = D(q, s, z)  b = Reshape(x, shape)  r = Add(x, b)  y = Q(r, t, n)"
+    program = check(graph("uint8[5] q", "int8[5,5] y", square, ", int64[2] shape = {5, 1}"))
+    assert not any(layer.kernel.startswith("lookup") for layer in program.layers)
+
+
 def test_what_is_read_elsewhere_ends_a_table():
     model = graph(
         "int8[1,2,16,9] q", "uint8[1,2,16,9] y, uint8[1,2,16,9] b, float[1,2,16,9] r",

@@ -4,8 +4,8 @@
     binary      DequantizeLinear, DequantizeLinear or constant -> Add | Sub | Mul | Div [activation] -> QuantizeLinear
     quantize, dequantize                                                    what is left over, beside layers in float32
 
-A lookup is a cone of operators with constants of one element, QuantizeLinear and DequantizeLinear among them: x sigmoid(x)
-is one, quantized in between or not. ONNX Runtime computes the table node by node, so it holds what ONNX defines.
+A lookup is a cone of operators with constants of one element, QuantizeLinear, DequantizeLinear and Reshape among them:
+x sigmoid(x) is one, quantized in between or not. ONNX Runtime computes the table node by node, so it holds what ONNX defines.
 """
 
 from __future__ import annotations
@@ -22,14 +22,18 @@ from sparsec.kernels.base import roofline_us
 from sparsec.kernels.elementwise_int8 import Side
 from sparsec.kernels.quantized import Requantize
 from sparsec.lowering.generic import ELEMENTWISE
-from sparsec.lowering.match import Group, constant, dims, in_graph_order
+from sparsec.lowering.match import VIEWS, Group, constant, dims, in_graph_order
 from sparsec.lowering.quantized import QuantGroup, fuse_quantized, source, type_of
 from sparsec.lowering.rules.base import Context, Taken, emit_simple
 from sparsec.passes.fold_constants import quiet_session
 
 _OPS: dict[str, Any] = {"Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div"}
-_QDQ = ("QuantizeLinear", "DequantizeLinear")
+_WITHIN = ELEMENTWISE | {"QuantizeLinear", "DequantizeLinear", *VIEWS}  # what a cone consists of
 _MOST = 32  # nodes of a cone
+
+
+def _size(value: ir.Value) -> int:
+    return int(np.prod(dims(value), dtype=np.int64))
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -51,7 +55,7 @@ def take_lookup(node: ir.Node, context: Context) -> Taken | str | None:
             return f"ONNX Runtime cannot compute its table: {str(error).splitlines()[0][:200]}"
         y, ordered = type_of(end), in_graph_order(nodes)
         group = QuantGroup(node, ordered, end.outputs[0], steps=Requantize(y), through=in_graph_order(through))
-        size = int(np.prod(dims(root), dtype=np.int64))
+        size = _size(root)
         assert root.dtype is not None
         call = lookup_int8.bind(context.machine, size=size, table=table, x_type=str(root.dtype.numpy()))
         us = roofline_us(context.machine.single(), 0.25 * size, 2.0 * size)
@@ -73,7 +77,7 @@ def _ends(node: ir.Node) -> list[ir.Node]:
     seen, frontier = [node], [node]
     while frontier and len(seen) <= _MOST:
         for reader, _ in frontier.pop(0).outputs[0].uses():
-            if reader not in seen and (reader.op_type in _QDQ or reader.op_type in ELEMENTWISE):
+            if reader not in seen and reader.op_type in _WITHIN:
                 seen.append(reader)
                 frontier.append(reader)
     return [n for n in seen if n.op_type == "QuantizeLinear" and type_of(n) is not None]
@@ -82,8 +86,10 @@ def _ends(node: ir.Node) -> list[ir.Node]:
 def _cone(root: ir.Value, end: ir.Node, first: ir.Node) -> tuple[list[ir.Node], list[ir.Node]] | None:
     """The nodes from `root`'s DequantizeLinear nodes (given apart) to `end`, `first` among them.
 
-    None if anything else but constants of one element flows in, a shape changes, or a value inside is read outside.
+    None if anything else but constants of one element flows in, a value inside is read outside, or the number of elements
+    changes: while it does not, elements keep their order.
     """
+    size = _size(root)
     nodes: list[ir.Node] = []
     doors: list[ir.Node] = []
     pending = [end]
@@ -91,12 +97,15 @@ def _cone(root: ir.Value, end: ir.Node, first: ir.Node) -> tuple[list[ir.Node], 
         node = pending.pop()
         if node in nodes:
             continue
-        if len(node.outputs) != 1 or dims(node.outputs[0]) != dims(root) or len(nodes) == _MOST:
-            return None
-        if node.op_type not in _QDQ and node.op_type not in ELEMENTWISE:
+        if (
+            node.op_type not in _WITHIN
+            or len(node.outputs) != 1
+            or _size(node.outputs[0]) != size
+            or len(nodes) == _MOST
+        ):
             return None
         nodes.append(node)
-        for value in node.inputs:
+        for value in node.inputs[:1] if node.op_type in VIEWS else node.inputs:
             array = constant(value)
             if value is None or (array is not None and array.size == 1):
                 continue
@@ -121,7 +130,8 @@ def _table(root: ir.Value, nodes: list[ir.Node], doors: list[ir.Node], end: ir.N
     graph = end.graph
     assert graph is not None and root.dtype is not None and end.outputs[0].dtype is not None
     ordered = in_graph_order([*doors, *nodes])
-    fixed = {value: constant(value) for node in ordered for value in node.inputs if value is not None}
+    read = [value for node in ordered for value in (node.inputs[:1] if node.op_type in VIEWS else node.inputs)]
+    fixed = {value: constant(value) for value in read if value is not None}
     tensors = [
         onnx.numpy_helper.from_array(array.reshape(()), str(value.name))
         for value, array in fixed.items()
@@ -131,7 +141,13 @@ def _table(root: ir.Value, nodes: list[ir.Node], doors: list[ir.Node], end: ir.N
         onnx.helper.make_tensor_value_info(str(v.name), int(v.dtype), [256])  # type: ignore[arg-type]
         for v in (root, end.outputs[0])
     ]
-    proto = onnx.helper.make_graph([ir.to_proto(node) for node in ordered], "table", info[:1], info[1:], tensors)
+    computed = [
+        onnx.helper.make_node("Identity", [str(node.inputs[0].name)], [str(node.outputs[0].name)])  # type: ignore[union-attr]
+        if node.op_type in VIEWS
+        else ir.to_proto(node)
+        for node in ordered
+    ]
+    proto = onnx.helper.make_graph(computed, "table", info[:1], info[1:], tensors)
     opset = onnx.helper.make_opsetid("", graph.opset_imports.get("", 21))
     model = onnx.helper.make_model(proto, opset_imports=[opset], ir_version=10)
     x = np.arange(256, dtype=np.uint8).view(root.dtype.numpy())
@@ -155,7 +171,7 @@ def take_quantized_binary(node: ir.Node, context: Context) -> Taken | str | None
         return "its result is not quantized"
     op = _OPS[node.op_type]
     call = elementwise_int8.bind(context.machine, op, sides=(a.side, b.side), steps=group.steps)
-    size = float(np.prod(dims(node.outputs[0])))
+    size = float(_size(node.outputs[0]))
     us = roofline_us(context.machine.single(), 6.0 * size, 3.0 * size)
     inputs = {role: operand.value for role, operand in zip("ab", (a, b), strict=True) if operand.side.type is not None}
     return Taken(group, emit_simple(group, call, inputs, f"{op} in 8 bits", us))
@@ -197,7 +213,7 @@ def take_quantize(node: ir.Node, context: Context) -> Taken | str | None:
     x, y = node.inputs[0], type_of(node)
     if x is None or x.const_value is not None or x.dtype != ir.DataType.FLOAT or y is None:
         return "only float32 is quantized, to 8 bits with one constant scale"
-    size = int(np.prod(dims(x), dtype=np.int64))
+    size = _size(x)
     call = quantize_int8.bind_quantize(context.machine, size=size, y=y)
     return _converted(node, x, call, f"to {y.dtype}", size, context)
 
@@ -209,7 +225,7 @@ def take_dequantize(node: ir.Node, context: Context) -> Taken | str | None:
     known = source(node.outputs[0])
     if known is None or node.outputs[0].dtype != ir.DataType.FLOAT:
         return "only computed 8 bits with one constant scale are dequantized"
-    size = int(np.prod(dims(known.value), dtype=np.int64))
+    size = _size(known.value)
     call = quantize_int8.bind_dequantize(context.machine, size=size, x=known.type)
     return _converted(node, known.value, call, f"from {known.type.dtype}", size, context)
 
