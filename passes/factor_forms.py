@@ -90,9 +90,12 @@ def stored_bytes(factor: np.ndarray) -> int:
     return _smallest(factor, STORED, 4)
 
 
-def stored_int8_bytes(factor: np.ndarray) -> int:
-    """The same in int8, with the scale of each output; input channels are filled up to whole words."""
+def stored_int8_bytes(factor: np.ndarray, depthwise: bool = False) -> int:
+    """The same in int8, with the scale of each output; input channels are filled up to whole words of 4, and of a depthwise
+    convolution the rows of its kernel."""
     oc, ic, kh, kw = factor.shape
+    if depthwise:
+        return oc * (kh * -(-kw // 4) * 4 + 4)
     words = np.zeros((oc, -(-ic // 4) * 4, kh, kw), bool)
     words[:, :ic] = factor != 0
     return _smallest(words, STORED_INT8, 1) + 4 * oc

@@ -89,6 +89,8 @@ def parts_cost(layer: WeightedLayer, factors: Factors, unit: str) -> float:
 
 def dense_cost(layer: WeightedLayer, unit: str, context: Context) -> float:
     """What the layer costs as it is."""
+    if unit == "int8 bytes":
+        return float(stored_int8_bytes(layer.read(), layer.depthwise))
     if unit in BYTES:
         return float(BYTES[unit](layer.read()))
     return layer_cost(layer, layer.read(), "weights" if unit == "parameters" else unit, context.price)

@@ -150,6 +150,7 @@ def test_stored_int8_bytes(rows: int, columns: int) -> None:
     full = np.ones((rows, columns, 1, 1))
     words = -(-columns // 4) * 4
     assert stored_int8_bytes(full) == rows * words + 4 * rows
+    assert stored_int8_bytes(np.ones((rows, 1, 3, 3)), depthwise=True) == rows * (3 * 4 + 4)
     full[:, 4:] = 0  # one word of each row is left: one block of 8 rows or of 1 row each
     assert stored_int8_bytes(full) <= 4 * rows + rows * (4 + 2) + 4 * (rows + 1)
 
