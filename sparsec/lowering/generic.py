@@ -348,6 +348,10 @@ def _import(model: onnx.ModelProto, fuse: bool) -> Any:
 
 def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    for line in lines:
+        _, lacking, operators = line.partition("operators are not supported for frontend ONNX: ")
+        if lacking:
+            return f"{operators} has no lowering"
     return lines[-1][:200] if lines else type(error).__name__
 
 

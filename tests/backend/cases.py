@@ -5,7 +5,7 @@ bool tensors. An outcome is one of
 
     pass       every output is as near to ONNX's as its test asks
     rounding   not in some elements, but there no farther from the same model evaluated in float64 than ONNX's own
-    refused    an UnsupportedError, at the latest when it is compiled
+    refused    an UnsupportedError or ModelError, at the latest when it is compiled
     wrong      another value, or any other error
 """
 
@@ -26,7 +26,7 @@ from onnx.backend.test.runner import Runner
 from onnx.reference import ReferenceEvaluator
 
 from sparsec.backend import Backend
-from sparsec.errors import UnsupportedError
+from sparsec.errors import ModelError, UnsupportedError
 from sparsec.limits import Limits
 
 EXPECTED = Path(__file__).with_name("expected_failures.txt")
@@ -94,7 +94,7 @@ def run(names: Iterable[str]) -> Iterator[Outcome]:
         case = collected()[name]
         try:
             kind, why = _outcome(case)
-        except UnsupportedError as error:
+        except (UnsupportedError, ModelError) as error:
             kind, why = "refused", " ".join(str(error).split())
         except Exception as error:  # whatever it is, it is ours
             kind, why = "wrong", f"{type(error).__name__}: {error}"
