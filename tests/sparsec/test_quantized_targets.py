@@ -11,7 +11,12 @@ from quantized_models import graph
 
 import sparsec
 from sparsec.artifact import Artifact
+from sparsec.kernels.conv import Geometry
+from sparsec.kernels.quantized import QuantType
+from sparsec.lowering.rules.quantized_conv import price_quantized_conv
 from sparsec.passes.quantize import Quantize
+from sparsec.targets import find_target
+from sparsec.tuner import make_trials
 from tests.passes.conftest import save
 from tests.passes.quant_networks import classifier
 
@@ -55,3 +60,16 @@ def test_zeros_in_columns() -> None:
     made = compiled(model, DOT_CPUS[-1])
     assert made.manifest["parity"]["passed"]
     assert [layer["kernel"][:14] for layer in made.report["layers"]] == ["conv1x1_i8_4x1"]
+
+
+def test_candidates_are_run_and_agree() -> None:
+    """What `tune` does with a quantized layer: every stored form gives the same bytes, spread over their range."""
+    rng, target = np.random.default_rng(1), find_target("host")
+    w = rng.integers(-127, 128, (16, 12, 1, 1)) * (rng.random((4, 12, 1, 1)) < 0.5).repeat(4, 0)
+    prices = price_quantized_conv(
+        target.machine, Geometry((1, 12, 5, 7), w.shape), w.astype(np.int8), QuantType(0.02, 131)
+    )
+    best = {way.kernel: way for way in reversed(prices.ways)}
+    trials = make_trials(prices, target, list(best.values()))
+    y = trials[0]._stage.rooms["y"].array
+    assert len(best) >= 8 and len(np.unique(y)) > 50
