@@ -17,7 +17,7 @@ SPARSE_FROM = 0.05  # share of zeros from which sparse kernels are priced at all
 
 # Integers stay where floats are predicted to be no more than so much faster: they are a quarter of the bytes or less, and
 # other layers' weights take the caches from floats, which the prediction does not see (docs/decisions/006).
-KEEP = 1.25
+KEEP = 1.33
 
 Bound = list[tuple[KernelCall, dict[str, str]]]  # calls in order, each with the value that every role stands for
 
