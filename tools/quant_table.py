@@ -198,16 +198,15 @@ def built(model: Any, data: dict[str, np.ndarray]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         artifact = sparsec.compile(model, "host", output=Path(folder) / "model.sparsec")
         proof = artifact.verify(data=data)
-        steps = proof.parity[0].steps
+        steps = proof.worst.steps
         within = None if steps is None else 100 * (1 - steps.beyond / max(steps.elements, 1))
         sizes = sum((artifact.path / file).stat().st_size for file in ("weights.bin", "libmodel.so"))
-    (worst,) = proof.parity
     return {
         "parity_passed": bool(proof.passed),
         "within_one_step": within,
-        "max_relative_error": float(worst.max_relative_error),
-        "same_top1": worst.same_top1,
-        "parity_samples": worst.samples,
+        "max_relative_error": float(proof.worst.max_relative_error),
+        "same_top1": proof.same_top1,
+        "parity_samples": proof.samples,
         "bytes": sizes,
     }
 
