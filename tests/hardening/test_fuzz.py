@@ -1,0 +1,76 @@
+"""A short run of each fuzzer, and that each can fail. Longer ones: `make fuzz`."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from fuzz import graphs, run, targets
+from fuzz.c import run as c_run
+from fuzz.mutations import mutate_bytes, mutate_model
+from sparsec.errors import ModelError
+
+RUNS = {"model": 15}
+
+
+@pytest.mark.parametrize("name", targets.TARGETS)
+def test_readers(name: str) -> None:
+    runs = RUNS.get(name, 120)
+    assert run.fuzz(name, runs, 1000.0, seed=1)["executions"] == runs
+
+
+def test_a_reader_that_fails_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(data: bytes) -> None:
+        with targets.one_line():
+            if len(data) > 60:
+                raise ModelError("one line\nand another")
+
+    monkeypatch.setitem(run.TARGETS, "careless", targets.Target(careless, lambda: [b"short"]))
+    with pytest.raises(targets.FuzzFailure, match="2 lines"):
+        run.fuzz("careless", 10_000, 1000.0, seed=1)
+
+
+def test_mutations_repeat_and_mostly_parse() -> None:
+    seeds = targets.TARGETS["model"].seeds()
+    first, second = ([mutate_model(s, random.Random(i), seeds) for i, s in enumerate(seeds * 5)] for _ in range(2))
+    assert first == second
+    assert sum(a != b for a, b in zip(first, seeds * 5, strict=True)) > len(first) / 2
+    for data in first:
+        onnx.ModelProto().ParseFromString(data)
+    assert mutate_bytes(b"abc", random.Random(1), [b"xyz"]) == mutate_bytes(b"abc", random.Random(1), [b"xyz"])
+
+
+def test_random_graphs() -> None:
+    counts = graphs.run(8, start=5, together=4, examples=3)
+    assert counts["outputs"] >= 8
+
+
+def test_a_wrong_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsec import inprocess
+
+    text = '<ir_version: 8, opset_import: ["" : 21]> g (float[3,4] x, int32[5] i) => (float[3,4] y, int32[5] j) { y = Exp(x) j = Neg(i) }'
+    model, good = onnx.parser.parse_model(text), inprocess.InProcess.run
+    graphs.compare(model, (), Counter())
+    for name, wrong in (
+        ("y", lambda a: a * np.float32(1 + 1e-5)),
+        ("j", lambda a: a + np.arange(5, dtype=a.dtype) // 4),
+    ):
+
+        def run_wrongly(self: Any, feeds: Any, name: str = name, wrong: Any = wrong) -> Any:
+            outputs = good(self, feeds)
+            return {**outputs, name: wrong(outputs[name])}
+
+        monkeypatch.setattr(inprocess.InProcess, "run", run_wrongly)
+        with pytest.raises(graphs.Mismatch, match=name):
+            graphs.compare(model, (), Counter())
+
+
+@pytest.mark.skipif(not (shutil.which("gcc") or shutil.which("clang")), reason="neither gcc nor clang is here")
+def test_readers_of_the_c_runtime() -> None:
+    assert "executions" in c_run.fuzz(2)
