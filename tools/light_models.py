@@ -43,6 +43,7 @@ def written_out(path: Path) -> onnx.ModelProto:
     inputs = [value for value in graph.input if value.name not in constants]
     del graph.input[:]
     graph.input.extend(inputs)
+    model.ir_version = max(model.ir_version, 4)  # before, initializers had to be inputs
     return model
 
 
