@@ -8,8 +8,8 @@
 rows and columns inside count the padded plane's with count_include_pad. Dequantized values are in the order of their
 integers, so the largest integer is the largest value: max is exact.
 
-A window is a column's reduction, then a row's. The first reads whole rows of x where they lie and writes one row of
-column results to scratch, with room for the padding on both sides; the second reads that row at every tap's offset.
+A window is a column's reduction, then a row's. The first reads whole rows of x where they lie and writes rows of
+column results to scratch, with room for the padding on both sides; the second reads those at every tap's offset.
 Neither has edges to think of: rows outside are left out of the first by the bounds of its loop, and the padding's room
 holds what changes nothing, the least integer or the zero points that are taken off again. Stride 2 reduces at every column
 and keeps the even ones.
@@ -31,6 +31,7 @@ from sparsec.kernels.planes import Window
 from sparsec.kernels.quantized import QuantType, Requantize, reference_requantize
 
 Mode = Literal["max", "average"]
+SCRATCH = 8192  # bytes of column results at once
 UNROLLED = 8  # taps of a row or column that are written out; more are a loop
 _LARGEST16 = 128  # bytes whose sum fits in 16 bits, signed
 
@@ -132,11 +133,7 @@ class _Windows:
         self.machine, self.planes, self.window = machine, planes, window
         self.x_element, self.element, self.y_element = x_element, element, y
         self.constants = {}
-        out_h, out_w = window.shape
-        self.bands = 1 if planes >= 16 else min(out_h, max(1, 16 // planes))
-        self.band_rows = -(-out_h // self.bands)
-        self.bands = -(-out_h // self.band_rows)
-        self.out_lanes = _width(out_w, machine.vector_bytes)
+        self.out_lanes = _width(window.shape[1], machine.vector_bytes)
 
     def call(self) -> KernelCall:
         """The bound kernel."""
@@ -144,7 +141,12 @@ class _Windows:
         self.in_lanes = _width(window.width, self.most)
         reach = max(out_w, self.out_lanes) * window.strides[1] + (window.kernel[1] - 1) * window.dilations[1]
         written = window.pads[1] + max(window.width, self.in_lanes)
-        self.scratch = max(reach, written) + 2 * self.machine.vector_bytes
+        self.pitch = max(reach, written) + 2 * self.machine.vector_bytes
+        together = max(1, SCRATCH // (self.pitch * np.dtype(self.element).itemsize))
+        bands = max(16 // self.planes, -(-out_h // together), 1)
+        self.band_rows = -(-out_h // min(bands, out_h))
+        self.bands = -(-out_h // self.band_rows)
+        self.scratch = self.band_rows * self.pitch
         sizes = [
             ("x", self.planes * window.height * window.width, self.x_element),
             ("y", self.planes * out_h * out_w, self.y_element),
@@ -171,8 +173,8 @@ class _Windows:
         """A reduction's step."""
         raise NotImplementedError
 
-    def outputs(self, oy: Any, ox: Any, at: Any, lanes: int, valid: Any) -> None:
-        """Reduce the row for `lanes` outputs from column `ox` on and store them at `at`; `valid(store)` says how many."""
+    def outputs(self, oy: Any, ox: Any, room: Any, at: Any, lanes: int, valid: Any) -> None:
+        """Reduce the row at `room` for `lanes` outputs from column `ox` on, store them at `at`; `valid(store)`: how many."""
         raise NotImplementedError
 
     def _body(self, *buffers: Any) -> None:
@@ -188,13 +190,16 @@ class _Windows:
             x_base, y_base = T.bind(plane * (window.height * window.width)), T.bind(plane * (out_h * out_w))
             first = T.bind(t % self.bands * self.band_rows) if self.bands > 1 else 0
             last = T.bind(T.min(first + self.band_rows, out_h)) if self.bands > 1 else out_h
+            # All rows of a band before any is read again: what was just stored cannot be loaded at another offset.
             with T.serial(first, last) as oy:
                 top = T.bind(oy * window.strides[0] - window.pads[0])
-                _cover(window.width, self.in_lanes, lambda at, top=top: self._column(x_base, top, at, left))
-                self._row(oy, y_base, last)
+                room = T.bind((oy - first) * self.pitch + left)
+                _cover(window.width, self.in_lanes, lambda at, a=(x_base, top, room): self._column(*a, at))
+            with T.serial(first, last) as oy:
+                self._row(oy, T.bind((oy - first) * self.pitch), y_base, last)
 
-    def _column(self, x_base: Any, top: Any, at: Any, left: int) -> None:
-        """Column results of `in_lanes` columns from `at` on, of the window whose first row is `top`."""
+    def _column(self, x_base: Any, top: Any, room: Any, at: Any) -> None:
+        """Column results of `in_lanes` columns from `at` on, of the window whose first row is `top`, to the row at `room`."""
         window, lanes = self.window, self.in_lanes
         (kernel, _), (dilation, _) = window.kernel, window.dilations
         acc = emit.registers(1, lanes, self.element)
@@ -219,17 +224,17 @@ class _Windows:
         if lanes > window.width:  # the room behind the row is padding
             outside = emit.splat(tirx.const(self.fill, self.element), lanes)
             value = T.Shuffle([value, outside], [i if i < window.width else lanes for i in range(lanes)])
-        emit.store(self.row, at + left, value, lanes)
+        emit.store(self.row, room + at, value, lanes)
 
-    def _row(self, oy: Any, y_base: Any, last: Any) -> None:
-        """All outputs of row `oy`; `last`: the row behind this tile's."""
+    def _row(self, oy: Any, room: Any, y_base: Any, last: Any) -> None:
+        """All outputs of row `oy`, whose column results are at `room`; `last`: the row behind this tile's."""
         out_w, lanes = self.window.shape[1], self.out_lanes
         base = T.bind(y_base + oy * out_w)
 
         def one(ox: Any) -> None:
             surplus = lanes - out_w
             if surplus <= 0:
-                self.outputs(oy, ox, base + ox, lanes, lambda store: store(lanes))
+                self.outputs(oy, ox, room, base + ox, lanes, lambda store: store(lanes))
                 return
             rows = -(-surplus // out_w)  # that the surplus lanes run into
 
@@ -240,7 +245,7 @@ class _Windows:
                     with T.Else():
                         store(out_w)
 
-            self.outputs(oy, ox, base + ox, lanes, valid)
+            self.outputs(oy, ox, room, base + ox, lanes, valid)
 
         _cover(out_w, lanes, one)
 
@@ -281,14 +286,14 @@ class _Max(_Windows):
     def step(self, acc: Any, value: Any) -> Any:
         return T.max(acc, value)
 
-    def outputs(self, oy: Any, ox: Any, at: Any, lanes: int, valid: Any) -> None:
+    def outputs(self, oy: Any, ox: Any, room: Any, at: Any, lanes: int, valid: Any) -> None:
         stride = self.window.strides[1]
         least = emit.splat(tirx.const(self.fill, self.element), lanes)
         if stride > 2:
-            value = self.taps(ox * stride, lanes, lambda i: _spaced(self.row, i, stride, lanes), least)
+            value = self.taps(room + ox * stride, lanes, lambda i: _spaced(self.row, i, stride, lanes), least)
         else:
             parts = [
-                self.taps(ox * stride + v * lanes, lanes, lambda i: emit.load(self.row, i, lanes), least)
+                self.taps(room + ox * stride + v * lanes, lanes, lambda i: emit.load(self.row, i, lanes), least)
                 for v in range(stride)
             ]
             value = parts[0] if stride == 1 else T.Shuffle(parts, list(range(0, 2 * lanes, 2)))
@@ -326,11 +331,11 @@ class _Average(_Windows):
     def step(self, acc: Any, value: Any) -> Any:
         return acc + value
 
-    def outputs(self, oy: Any, ox: Any, at: Any, lanes: int, valid: Any) -> None:
+    def outputs(self, oy: Any, ox: Any, room: Any, at: Any, lanes: int, valid: Any) -> None:
         part, steps = lanes // 4, self.steps
         zero = emit.splat(tirx.const(-self.x_type.zero_point * self.window.taps, "int32"), part)
         by_row = emit.splat(self.scales[oy], part)
-        sums = [self._sum(ox + v * part, part, zero) for v in range(4)]
+        sums = [self._sum(room + (ox + v * part) * self.window.strides[1], part, zero) for v in range(4)]
         by = [by_row * emit.load(self.scales, self.window.shape[0] + ox + v * part, part) for v in range(4)]
         if steps.y is None:
             reals = [T.bind(steps.finish(self.machine, s, b)) for s, b in zip(sums, by, strict=True)]
@@ -345,7 +350,7 @@ class _Average(_Windows):
         value = steps.finish_bytes(self.machine, sums, by, bounded=self.bounded)
         valid(lambda count: emit.store(self.y, at, value, lanes, count))
 
-    def _sum(self, ox: Any, lanes: int, start: Any) -> Any:
+    def _sum(self, first: Any, lanes: int, start: Any) -> Any:
         stride = self.window.strides[1]
 
         def load(at: Any) -> Any:
@@ -358,4 +363,4 @@ class _Average(_Windows):
                 value = _spaced(self.row, at, stride, lanes)
             return emit.convert(value, "int32")
 
-        return T.bind(self.taps(ox * stride, lanes, load, start))
+        return T.bind(self.taps(first, lanes, load, start))
