@@ -118,6 +118,8 @@ class ExternalFiles:
         if self.folder is None:
             text = "keeps its data in another file; give the model's path instead of its bytes"
             raise ModelError(f"{what.removeprefix('external data of ')} {text}", self.where)
+        if len(location) > PATH_BYTES:
+            raise ModelError(f"{what}: a path of {len(location)} characters", self.where)
         if not location or os.path.isabs(location) or "\0" in location or "\\" in location:
             raise ModelError(
                 f"{what}: expected a relative path inside the model's folder, got {location!r}", self.where
@@ -173,6 +175,7 @@ def tensor_elements(name: str, dims: Iterable[int], where: str, limits: Limits) 
     return count
 
 
+PATH_BYTES = 1 << 12
 RANK = 64  # NumPy's own
 
 

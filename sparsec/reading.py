@@ -28,7 +28,7 @@ from sparsec.external_data import Extent, ExternalFiles, tensor_bits, tensor_byt
 from sparsec.limits import DEFAULT, Limits
 
 LAZY_BYTES = 1 << 20  # external initializers from here on are mapped, not copied
-NAME_BYTES = 1 << 16  # of a name, a domain, an operator
+NAME_BYTES = 1 << 12  # of a name, a domain, an operator
 
 Key = tuple[str, str, str]  # of a function: domain, name, overload
 

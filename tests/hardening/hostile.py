@@ -444,6 +444,8 @@ CASES: dict[str, tuple[Maker, str]] = {
     "absolute": (external(nothing, location="/etc/passwd"), "expected a relative path"),
     "backslash": (external(nothing, location="..\\secret"), "expected a relative path"),
     "nul": (external(nothing, location="weights.bin\0x"), "expected a relative path"),
+    "long-location": (external(nothing, location="x" * 70000), "a path of 70000 characters"),
+    "long-name": (nodes_of(helper.make_node("Relu", ["x"], ["y"], name="n" * 70000)), "more than 4096 characters"),
     "empty-location": (external(nothing, location=""), "expected a relative path"),
     "folder-location": (external(nothing, location="."), "lies outside the model's folder"),
     "symlink": (external(symlink), "lies outside the model's folder"),
