@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from layers import Layer, check_layers
+from layers import Layer, check_layers, share
 
 from sparsec.kernels import depthwise_int8, planes, quantized, words
 from sparsec.kernels.base import Machine
@@ -53,65 +53,76 @@ def layer(machine, shape, kernel=(3, 3), *, steps=None, x_type=X, multiplier=1, 
 _PLAIN = ("none", "relu", "clip")
 
 
+def check(cases, target, parts):
+    """Every case: shape, options of `layer`."""
+    check_layers([layer(target.machine, shape, **options) for shape, options in share(cases, target, parts)], target)
+
+
 def test_sums_at_widths_around_the_vector(dot_target):
-    sizes = [(3, w) for w in (1, 2, 3, 4, 5, 7, 8, 9, 13, 15, 16, 17, 25, 31, 33, 50, 80)]
-    check_layers([layer(dot_target.machine, (1, 3, *size), exact=True) for size in sizes], dot_target)
+    widths = (1, 2, 3, 4, 5, 7, 8, 9, 13, 15, 16, 17, 25, 31, 33, 50, 80)
+    check([((1, 3, 3, width), {"exact": True}) for width in widths], dot_target, 7)
 
 
-@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (2, 1), (3, 3)])
-def test_planes(dot_target, strides):
-    cases = []
-    for size in [(14, 14), (7, 7), (9, 33), (20, 28), (35, 5)] if max(strides) < 3 else [(9, 10), (9, 50)]:
-        pads = [(1, 1, 1, 1), (0, 0, 1, 1), (0, 0, 0, 0), (2, 3, 1, 0)][len(cases) % 4]
-        x_type = (X, S)[len(cases) % 2]
-        cases.append(
-            layer(
-                dot_target.machine,
-                (1, 18, *size),
-                strides=strides,
-                pads=pads,
-                x_type=x_type,
-                steps=Requantize(Y, RELU6),
-            )
+def test_planes(dot_target):
+    pads = [(1, 1, 1, 1), (0, 0, 1, 1), (0, 0, 0, 0), (2, 3, 1, 0)]
+    sizes = {(1, 1): 5, (2, 2): 5, (2, 1): 5, (3, 3): 2}
+    cases = [
+        (
+            (1, 18, *size),
+            {
+                "strides": strides, "pads": pads[i % 4], "x_type": (X, S)[i % 2],
+                "steps": Requantize((Y, QuantType(0.05, -7, "int8"))[(i + strides[1]) % 2], RELU6),
+            },
         )
-    check_layers(cases, dot_target)
+        for strides, count in sizes.items()
+        for i, size in enumerate([(14, 14), (7, 7), (9, 33), (20, 28), (35, 5)] if count == 5 else [(9, 10), (9, 50)])
+    ]  # fmt: skip
+    check(cases, dot_target, 7)
 
 
 def test_kernels(dot_target):
-    cases = []
-    for kernel in [(5, 5), (1, 1), (2, 2), (7, 7), (9, 1), (1, 9)]:
-        for strides in ((1, 1), (2, 2)):
-            cases.append(layer(dot_target.machine, (1, 17, 13, 18), kernel, strides=strides, exact=True))
-    check_layers(cases, dot_target)
+    kernels = [(5, 5), (1, 1), (2, 2), (7, 7), (9, 1), (1, 9)]
+    cases = [
+        ((1, 17, 13, 18), {"kernel": kernel, "strides": strides, "exact": True})
+        for kernel in kernels for strides in ((1, 1), (2, 2))
+    ]  # fmt: skip
+    check(cases, dot_target, 7)
 
 
 def test_dilation_multiplier_batch_and_bands(dot_target):
-    machine, shape = dot_target.machine, (2, 9, 11, 19)
+    shape = (2, 9, 11, 19)
     cases = [
-        layer(machine, shape, multiplier=3, strides=(2, 2)),
-        layer(machine, shape, dilations=(2, 2), pads=(2, 2, 2, 2), x_type=S),
-        layer(machine, (1, 17, 40, 70), dilations=(3, 5), strides=(2, 2), pads=(2, 9, 2, 9)),
-        layer(machine, shape, with_bias=False),
-        layer(machine, (1, 16, 3, 3), pads=(5, 4, 3, 6)),
-        layer(machine, (1, 5, 50, 1), (9, 1), pads=(4, 0, 4, 0)),
-        *(layer(machine, (1, 2, h, w), strides=(s, s)) for h, w in ((40, 40), (41, 6)) for s in (1, 2)),
+        (shape, {"multiplier": 3, "strides": (2, 2)}),
+        (shape, {"dilations": (2, 2), "pads": (2, 2, 2, 2), "x_type": S}),
+        ((1, 17, 40, 70), {"dilations": (3, 5), "strides": (2, 2), "pads": (2, 9, 2, 9)}),
+        (shape, {"with_bias": False}),
+        ((1, 16, 3, 3), {"pads": (5, 4, 3, 6)}),
+        ((1, 5, 50, 1), {"kernel": (9, 1), "pads": (4, 0, 4, 0)}),
+        *(((1, 2, h, w), {"strides": (s, s)}) for h, w in ((40, 40), (41, 6)) for s in (1, 2)),
     ]
-    assert cases[-1].call.tiles > 2
-    check_layers(cases, dot_target)
+    assert layer(dot_target.machine, (1, 2, 41, 6), strides=(2, 2)).call.tiles > 2
+    check(cases, dot_target, 7)
 
 
 def test_what_follows_the_sum(dot_target):
-    machine, shape = dot_target.machine, (1, 17, 9, 21)
-    inner = QuantType(0.03, 100)
-    check_layers([
-        layer(machine, shape, steps=Requantize(QuantType(0.05, 0), RELU)),
-        layer(machine, shape, steps=Requantize(S, Activation("clip", -0.7, 1.31))),
-        layer(machine, shape, steps=Requantize(Y, Activation("hardswish"))),
-        layer(machine, shape, steps=Requantize(None, RELU)),
-        layer(machine, shape, steps=Requantize(Y, RELU, "before", inner, S)),
-        layer(machine, shape, steps=Requantize(Y, NONE, "before", None, None)),
-        layer(machine, (1, 17, 3, 7), steps=Requantize(Y, RELU, "after", None, S)),
-    ], dot_target)  # fmt: skip
+    shape, inner = (1, 17, 9, 21), QuantType(0.03, 100)
+    cases = [
+        (shape, Requantize(QuantType(0.05, 0), RELU)), (shape, Requantize(S, Activation("clip", -0.7, 1.31))),
+        (shape, Requantize(Y, Activation("hardswish"))), (shape, Requantize(None, RELU)),
+        (shape, Requantize(Y, RELU, "before", inner, S)), (shape, Requantize(Y, NONE, "before", None, None)),
+        ((1, 17, 3, 7), Requantize(Y, RELU, "after", None, S)),
+    ]  # fmt: skip
+    check([(shape, {"steps": steps}) for shape, steps in cases], dot_target, 3)
+
+
+def test_prediction_follows_the_work():
+    machine = find_target("host", "cascadelake").machine
+    shape = {"pads": (1, 1, 1, 1)}
+    small, large = (depthwise_int8.predict_us(machine, (1, c, 56, 56), (c, 1, 3, 3), **shape) for c in (32, 128))
+    assert large == pytest.approx(4 * small)
+    strided = depthwise_int8.predict_us(machine, (1, 32, 56, 56), (32, 1, 3, 3), strides=(2, 2), **shape)
+    wide = depthwise_int8.predict_us(machine, (1, 32, 56, 56), (32, 1, 7, 7), pads=(3, 3, 3, 3))
+    assert strided < 0.5 * small < small < wide
 
 
 def test_results_beyond_32_bits_saturate(dot_target):
