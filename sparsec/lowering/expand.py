@@ -33,7 +33,7 @@ def expand_nodes(
     """
     context = Context(dict(types), initializers, importable, opset)
     result: list[onnx.NodeProto] = []
-    pending = [made for node in reversed(nodes) for made in reversed(_widened(node, context))]
+    pending = [made for node in nodes for made in _widened(node, context)][::-1]
     while pending:
         node = pending.pop()
         expansion = (
@@ -79,8 +79,9 @@ def _widened(node: onnx.NodeProto, context: Context) -> list[onnx.NodeProto]:
         if is_half(name) and name in context.initializers:
             wide.input[i] = context.constant(f"{name}/wide", context.value(name).astype("float32"))
         elif is_half(name):
-            wide.input[i] = declare(f"{name}/wide", name)
-            before.append(helper.make_node("Cast", [name], [wide.input[i]], to=TensorProto.FLOAT))
+            wide.input[i] = f"{name}/wide"
+            if not context.knows(wide.input[i]):  # several may read it
+                before.append(helper.make_node("Cast", [name], [declare(wide.input[i], name)], to=TensorProto.FLOAT))
     for i, name in enumerate(node.output):
         if is_half(name):
             wide.output[i] = declare(f"{name}/unrounded", name)

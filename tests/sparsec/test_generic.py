@@ -552,6 +552,19 @@ def test_fused_group_keeps_its_names() -> None:
     np.testing.assert_allclose(result, expected, rtol=16 * EPS, atol=64 * EPS * np.abs(expected).max())
 
 
+def test_functions_of_half_values_are_rounded_once() -> None:
+    """Two read the same value; each rounds once, as float32 between casts does."""
+    text = "g (float16[3,8] x) => (float16[3,8] y) { a = Neg(x) b = Exp(a) c = Tanh(a) y = Max(b, c) }"
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {text}')
+    x = floats(3, 8).astype(np.float16)
+    region, outputs = lower_model(onnx.shape_inference.infer_shapes(model))
+    wide = -x.astype(np.float64)
+    expected = np.maximum(np.exp(wide).astype(np.float16), np.tanh(wide).astype(np.float16))
+    got = run_region(region, {"x": x}, outputs)["y"]
+    assert got.dtype == np.float16
+    np.testing.assert_array_max_ulp(got, expected, maxulp=1, dtype=np.float16)
+
+
 def test_index_outside_is_clipped_not_read() -> None:
     case = Case("Gather", (floats(9, 5), np.array([10**9, -(10**9)])), (), {"axis": 0})
     region, outputs = lower_model(model_of(case))
