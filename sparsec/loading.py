@@ -49,7 +49,7 @@ from sparsec.passes.fold_constants import (
 )
 from sparsec.passes.unroll_recurrent import RECURRENT, refusal
 from sparsec.passes_api import META_KEY, Pass
-from sparsec.reading import Source, check_proto, read_source
+from sparsec.reading import Source, check_proto, read_proto, read_source
 from sparsec.targets import suggest
 
 
@@ -195,7 +195,28 @@ def _isolated(
     notes: list[str],
     limits: Limits,
 ) -> ir.Model:
-    where, folder, path, parts = _where(source), None, None, []
+    more = {
+        "shapes": {name: _sizes(name, shape) for name, shape in shapes.items()},
+        "bind": {name: _plain(value) for name, value in bind.items()},
+    }
+    answer, contents, files = _ask("load_task", source, more, limits)
+    notes += [str(note) for note in answer.get("notes", [])]
+    return unpack(contents, files)
+
+
+def vet(source: str | os.PathLike[str] | bytes | onnx.ModelProto, limits: Limits = DEFAULT) -> None:
+    """Raise ModelError unless a model can be read as it is and ONNX Runtime opens it; tried in a process of its own."""
+    if limits.isolate:
+        _ask("vet_task", source, {}, limits)
+
+
+def _ask(
+    task: str, source: str | os.PathLike[str] | bytes | onnx.ModelProto, more: dict[str, Any], limits: Limits
+) -> tuple[dict[str, Any], list[memoryview], ExternalFiles]:
+    """What a task of this module answers about `source`."""
+    where, folder, path = _where(source), None, None
+    parts: list[bytes] = []
+    size = 0
     if isinstance(source, onnx.ModelProto):
         try:
             parts = [source.SerializeToString()]
@@ -203,27 +224,25 @@ def _isolated(
             raise ModelError("above 2 GB; save it with external data and give its path", where) from error
         size = len(parts[0])
     elif isinstance(source, (bytes, bytearray, memoryview)):
-        parts, size = [source], len(source)
+        parts, size = [bytes(source)], len(source)
     elif isinstance(source, (str, os.PathLike)):
         path = os.path.abspath(os.fspath(source))
         folder = Path(path).parent
         size = os.path.getsize(path) if os.path.isfile(path) else 0
     else:
-        return load_here(source, shapes, bind, notes, limits)[0]  # says what is wrong
+        read_source(source, limits)  # says what is wrong
     if size > limits.file_bytes:
         raise ModelError(f"{size} bytes, at most {limits.file_bytes} are read (--limit file-bytes=N)", where)
     header = {
         "path": path,
-        "shown": os.fspath(source) if path is not None else None,
+        "shown": os.fspath(source) if isinstance(source, (str, os.PathLike)) else None,
         "where": where,
-        "shapes": {name: _sizes(name, shape) for name, shape in shapes.items()},
-        "bind": {name: _plain(value) for name, value in bind.items()},
         "limits": dataclasses.asdict(limits),
+        **more,
     }
     allowance = Allowance(limits.memory + MEMORY_FACTOR * size, limits.seconds)
-    answer, contents = call("sparsec.loading:load_task", header, parts, allowance, where)
-    notes += [str(note) for note in answer.get("notes", [])]
-    return unpack(contents, ExternalFiles(folder, where, limits))
+    answer, contents = call(f"sparsec.loading:{task}", header, parts, allowance, where)
+    return answer, contents, ExternalFiles(folder, where, limits)
 
 
 def load_task(worker: Worker, header: dict[str, Any], parts: list[memoryview]) -> None:
@@ -253,6 +272,22 @@ def warm() -> None:
     x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
     proto = onnx.helper.make_model(onnx.helper.make_graph([node], "warm", [x], [y]))
     _try(load_here(proto, {}, {}, [])[0], "warm")
+
+
+def vet_task(worker: Worker, header: dict[str, Any], parts: list[memoryview]) -> None:
+    """`vet` for `sparsec.isolation`."""
+    source = header["path"] if header["path"] is not None else bytes(parts[0])
+    worker.step("reading and checking the file")
+    proto = read_proto(source, Limits(**header["limits"]), lambda n: worker.allow(3 * n))
+    worker.step("ONNX Runtime")
+    try:
+        quiet_session(proto.SerializeToString())
+    except MemoryError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        raise ModelError(f"ONNX Runtime does not load it: {text}", header["where"]) from error
+    worker.answer({})
 
 
 def _try(model: ir.Model, where: str) -> None:

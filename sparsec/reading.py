@@ -45,13 +45,17 @@ class Source:
     declared: frozenset[str] = frozenset()  # of `lazy`: those that the file itself declares as inputs too
 
 
-def read_proto(source: str | os.PathLike[str] | bytes | onnx.ModelProto, limits: Limits = DEFAULT) -> onnx.ModelProto:
+def read_proto(
+    source: str | os.PathLike[str] | bytes | onnx.ModelProto,
+    limits: Limits = DEFAULT,
+    on_map: Callable[[int], None] = lambda size: None,
+) -> onnx.ModelProto:
     """The model with all external data read in, checked by onnx.checker; the caller's proto is left alone.
 
     Raises ModelError: no such file, not ONNX, truncated, empty graph, external data outside the model's folder or with
     a size that does not fit its tensor, more than a limit allows, or whatever onnx.checker objects to.
     """
-    read = read_source(source, limits, lazy=False)
+    read = read_source(source, limits, lazy=False, on_map=on_map)
     check_proto(read.proto, read.where)
     return read.proto
 

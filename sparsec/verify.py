@@ -418,9 +418,12 @@ def _open_against(against: Against | None, reference: OrtSession) -> OrtSession:
         return reference
     import onnx_ir as ir
 
+    from sparsec.loading import vet
     from sparsec.reading import read_proto
     from sparsec.runtimes.ort import OrtSession
 
+    if not isinstance(against, ir.Model):
+        vet(against)
     proto = ir.to_proto(against) if isinstance(against, ir.Model) else read_proto(against)
     where = str(against) if isinstance(against, str | Path) else "--against"
     return OrtSession(proto.SerializeToString(), where=where)
