@@ -49,7 +49,8 @@ def with_atheris(name: str, arguments: list[str]) -> None:
     """Hand a target to libFuzzer; does not return."""
     import atheris
 
-    with atheris.instrument_imports(include=["sparsec", "yaml", "json", "zipfile"], enable_loader_override=False):
+    readers = ["artifact", "external_data", "npz", "reading", "recipe", "tuning"]
+    with atheris.instrument_imports(include=["yaml", *(f"sparsec.{name}" for name in readers)]):
         import sparsec.artifact
         import sparsec.loading
         import sparsec.npz
