@@ -40,7 +40,7 @@ FORM = Format(
     "quantized input and weights, Arm i8mm",
 )  # fmt: skip
 TABLE: tuple[Format, ...] = (FORM,)
-_TILES = ((8, 3), (8, 2), (4, 6), (4, 4))  # rows, quads of pixels: what 32 registers hold
+_TILES = ((8, 3), (8, 2), (8, 1), (4, 6), (4, 4))  # rows, quads of pixels: what 32 registers hold
 
 
 def able(machine: Machine) -> bool:

@@ -174,7 +174,7 @@ def test_pairs_of_pixels_and_channels(pairs_target):
     common = {"form": paired.FORM, "x_type": EXACT}
     cases = [
         {**common, "size": (5, 9), "channels": 8, "rows": 12, "tiling": Tiling(r, q, 4, 45)}
-        for r, q in ((8, 3), (8, 2), (4, 6), (4, 4))
+        for r, q in ((8, 3), (8, 2), (8, 1), (4, 6), (4, 4))
     ]
     cases += [
         {**common, "size": (1, 5), "channels": 3, "rows": 9},
