@@ -58,7 +58,7 @@ def test_a_backend_runs_what_it_prepared() -> None:
     graph = helper.make_graph(
         [helper.make_node("Reshape", ["x", "shape"], ["y"])], "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4]), helper.make_tensor_value_info("shape", TensorProto.INT64, [2])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["a", "b"])],
     )  # fmt: skip
     prepared = Backend.prepare(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]))
     x = np.arange(8, dtype=np.float32).reshape(2, 4)
