@@ -88,7 +88,9 @@ def main() -> None:
     print(f"{seconds:.0f} s, {used.ru_utime + used.ru_stime:.0f} s of the processor")
     written = onnx.load(str(out), load_external_data=False)
     zeros = json.loads(done.stdout)["zeros"]
-    first = np.memmap(out.with_name(out.name + ".data"), np.float32, "r", shape=(ROWS, COLUMNS))
+    (entries,) = ({e.key: e.value for e in t.external_data} for t in written.graph.initializer if t.name == "w0")
+    file, at = out.with_name(entries["location"]), int(entries["offset"])
+    first = np.memmap(file, np.float32, "r", at, (ROWS, COLUMNS))
     blocks = first.T.reshape(COLUMNS // 4, 4, ROWS) != 0
     torn = int((blocks.any(axis=1) != blocks.all(axis=1)).sum())
     print(f"{len(written.graph.initializer)} tensors, {100 * zeros:.1f}% zero, {torn} blocks of the first in part")
