@@ -123,7 +123,9 @@ PREPROCESS = click.option(
 PLUGINS = click.option(
     "--plugin", "plugins", multiple=True, metavar="FILE.py", help="A Python file with passes of your own."
 )
-RUNTIME = click.option("--runtime", metavar="NAME", help="native, emulated, adb[:SERIAL], ssh:[USER@]HOST, node, chromium, ort.")
+RUNTIME = click.option(
+    "--runtime", metavar="NAME", help="native, emulated, adb[:SERIAL], ssh:[USER@]HOST, node, chromium, ort."
+)
 REPORT = _options(
     click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
     click.option("-v", "--verbose", is_flag=True, help="More detail; tracebacks of errors."),
