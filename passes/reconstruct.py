@@ -46,6 +46,7 @@ SMALL = 32  # inputs up to which every trial is solved exactly
 ROUGH = 20  # iterations of a refit that is only looked at
 ITERATIONS = 60  # of conjugate gradients where factors of every support would cost more
 NEAR = 1e-10  # squared residual of a goal of unit length that conjugate gradients leave
+TINY = 1e-30  # of float32 too
 FLOOR = 1e-6  # of the mean of E[x^2]: keeps H positive definite where an input is always zero
 
 
@@ -85,7 +86,8 @@ class Problem:
         to unit length."""
         root = 1 / np.sqrt(np.diagonal(self.h))
         goal = self.t * root
-        unit = np.maximum(np.linalg.norm(goal, axis=1, keepdims=True), 1e-150) * root
+        size = np.linalg.norm(goal, axis=1, keepdims=True)
+        unit = np.where(size > TINY, size, 1.0) * root  # a dead channel has no goal
         h = (self.h * root * root[:, None]).astype(np.float32)
         keep = mask.astype(np.float32)
         x = (np.where(mask, w, 0.0) * (1 / unit)).astype(np.float32)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -129,6 +131,22 @@ def test_conjugate_gradients_reach_the_same_optimum() -> None:
     (problem,) = problems(w, pairs, centred=False, ridge=0.01)
     mask = np.random.default_rng(4).random((6, 40)) < 0.5
     np.testing.assert_allclose(problem.descend(mask, problem.start, 200), problem.refit(mask), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_row_without_a_goal_stays_finite(dtype: type) -> None:
+    """A dead channel: in float32 the smallest double is no divisor."""
+    _, pairs, *_ = random_pairs(3, 12)
+    w = np.random.default_rng(6).standard_normal((3, 12, 1, 1))
+    (found,) = problems(w, pairs, centred=False, ridge=1e-9)
+    t, start = found.t.astype(dtype), found.start.astype(dtype)
+    t[1] = start[1] = 0
+    problem = replace(found, h=found.h.astype(dtype), t=t, start=start)
+    mask = np.ones((3, 12), bool)
+    w = problem.descend(mask, problem.start, 200)
+    assert np.isfinite(w).all()
+    assert not w[1].any()
+    np.testing.assert_allclose(w[0], np.linalg.solve(found.h, found.t[0]), atol=1e-3)
 
 
 def test_rows_of_a_block_are_solved_together_as_they_are_alone() -> None:
