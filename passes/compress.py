@@ -76,10 +76,8 @@ class Compress(Pass):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if (self.bytes > 0) == (self.latency > 0) or not 0 <= max(self.bytes, self.latency) <= 1:
-            raise RecipeError(
-                f"compress: give one of bytes and latency, a share from 0 to 1, got {self.bytes} and {self.latency}"
-            )
+        if (self.bytes and self.latency) or not all(0 <= share <= 1 for share in (self.bytes, self.latency)):
+            raise self._no_budget()
         unknown = set(self.methods) - set(METHODS)
         if unknown:
             raise RecipeError(f"compress: methods must be some of {'+'.join(METHODS)}, got {'+'.join(self.methods)!r}")
@@ -90,8 +88,15 @@ class Compress(Pass):
         for block in self.blocks:
             Pattern.parse(block)
 
+    def _no_budget(self) -> RecipeError:
+        return RecipeError(
+            f"compress: give one of bytes and latency, a share from 0 to 1, got {self.bytes} and {self.latency}"
+        )
+
     def call(self, model: ir.Model) -> PassResult:
         context = Context.of(model)
+        if not (self.bytes or self.latency):
+            raise self._no_budget()
         if context.calibration is None:
             raise RecipeError("compress: damages are measured on activations: give --calibration DATA, no labels")
         if self.latency and context.price is None:

@@ -158,7 +158,6 @@ def test_stored_int8_bytes(rows: int, columns: int) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({}, "one of bytes and latency"),
         ({"bytes": 0.5, "latency": 0.5}, "one of bytes and latency"),
         ({"bytes": 1.5}, "from 0 to 1"),
         ({"bytes": 0.5, "methods": ("zip",)}, "must be some of"),
@@ -173,6 +172,8 @@ def test_options_are_refused(options: dict, text: str) -> None:
 
 
 def test_refusals(net: ir.Model) -> None:
+    with pytest.raises(RecipeError, match="one of bytes and latency"):
+        Compress()(net)
     with pytest.raises(RecipeError, match="give --calibration"):
         Compress(bytes=0.5)(net)
     for options, text in (
