@@ -10,7 +10,8 @@ the compiled code returned:
              sqrt(6) * rms(d), d the difference that random rounding of the last QuantizeLinear makes at the output
              (random rounding, up with the probability of the fraction, has variance s^2 / 6 where no operator follows)
     bound    of the largest difference in a sample: FURTHEST times the largest that RUNS random roundings of every
-             QuantizeLinear make in it
+             QuantizeLinear make in it, or that the witness has from the reference: an engine's fused kernels may lie
+             further from the operators one by one than rounding alone would have it
     witness  another correct implementation: node by node in float32, each value changed by up to LAST_BITS of itself
              before it is rounded, as another order of summation does. Ties fall either way
     share    of elements beyond one step, at most SHARE; or, where the witness itself has k such elements among the same
@@ -80,12 +81,14 @@ class Rounding:
             return own
         return math.sqrt(6 * float(np.mean(self._moved(self._last[name], sample)[name] ** 2)))
 
-    def bounds(self, sample: Arrays) -> dict[str, float]:
-        """The largest difference that each output may have, at least its step."""
-        moved = self._moved(self._all, sample)
-        return {
-            name: max(FURTHEST * float(moved[name].max(initial=0)), self.step(name, sample)) for name in self.outputs
-        }
+    def bounds(self, sample: Arrays, reference: Arrays | None = None) -> dict[str, float]:
+        """The largest difference that each output may have from `reference`, at least its step."""
+        furthest = {name: float(moved.max(initial=0)) for name, moved in self._moved(self._all, sample).items()}
+        if reference is not None:
+            witness = self.witness(sample)
+            apart = {name: float(_difference(witness[name], reference[name]).max(initial=0)) for name in self.outputs}
+            furthest = {name: max(furthest[name], apart[name]) for name in self.outputs}
+        return {name: max(FURTHEST * furthest[name], self.step(name, sample)) for name in self.outputs}
 
     def _moved(self, nodes: list[str], sample: Arrays) -> dict[str, np.ndarray]:
         """|difference| that random rounding of `nodes` makes, [RUNS, ...] by output."""

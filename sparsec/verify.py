@@ -85,8 +85,8 @@ def rounding_tolerances(
     law = rounding(model_bytes)
     if law is None:
         return {}
-    bounds = law.bounds({spec.name: array for spec, array in zip(inputs, sample, strict=True)})
     by_name = dict(zip(law.signature, expected, strict=True))
+    bounds = law.bounds({spec.name: array for spec, array in zip(inputs, sample, strict=True)}, by_name)
     return {name: min(relative_bound(bound, by_name[name]), 1e30) for name, bound in bounds.items()}
 
 
@@ -365,7 +365,7 @@ class _Tallies:
                     tally.witnessed + beyond(witness[name], reference, step),
                 )
                 if absolute > step and not bounds:
-                    bounds = self._law.bounds(sample)
+                    bounds = self._law.bounds(sample, wanted)
                 tolerance = relative_bound(bounds.get(name, step), reference)
             self._absolute[name] = max(self._absolute[name], absolute)
             if _used(relative, tolerance) > _used(*self._worst[name]) or not self._worst[name][0]:
