@@ -126,7 +126,7 @@ class NativeSession(Session):
         sinks = (ctypes.c_void_p * len(outs))(*(a.ctypes.data for a in outs.values()))
         run = library.sparsec_run
 
-        def call(keep: object = (ins, outs)) -> int:  # the arrays must outlive the pointers
+        def call(keep: object = (self, ins, outs)) -> int:  # the arrays and the model must outlive the pointers
             return run(model, sources, sinks)
 
         return call, outs
