@@ -1,6 +1,7 @@
 """Which layers stay float: measured, on calibration data, by what each does to the model's outputs when quantized.
 
-    d_l = D(f, f_l)     f_l: the model with layer l alone quantized (weights to nearest), D of `sparsec.passes.fidelity`
+    d_l = D(f, f_l)     f_l: the model with layer l alone quantized (weights to nearest), D of `sparsec.passes.fidelity`;
+                        behind passes that changed f0 to f: D(f0, f_l) - D(f0, f) if that is less
 
     auto       if the whole model quantized, weights rounded with data, damages more than `limit`, the layers of largest
                d_l go back to float, one more at a time (bisected), until it does not
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from sparsec.passes.fidelity import Fidelity
@@ -67,12 +69,22 @@ def in_int8(planner: Planner, ranges: Mapping[str, Range], scales: Scales = "mse
 
 
 class Trial:
-    """The model with any set of its layers quantized, against itself as it is, on `samples`."""
+    """The model with any set of its layers quantized, on `samples`.
 
-    def __init__(self, model: ir.Model, apply: Apply, samples: Samples) -> None:
+    A damage is how far the outputs are from those of the model as it is; or, if that is less, how much further they are
+    from those of `original`, the model before passes that changed it: rounding with data aims at that one, and what
+    comes nearer to it is not damaged.
+    """
+
+    def __init__(self, model: ir.Model, apply: Apply, samples: Samples, original: bytes | None = None) -> None:
         self._model, self._apply, self._samples = model, apply, samples
         self._names, outputs = reference_outputs(model, list(samples))
         self._fidelity = Fidelity(self._names, outputs)
+        self._goal, self._start = None, 0.0
+        if original is not None:
+            goal = ir.from_proto(onnx.load_model_from_string(original))
+            self._goal = Fidelity(self._names, reference_outputs(goal, list(samples))[1])
+            self._start = float(self._goal.damages(outputs).mean())
 
     def damage(self, floats: Sequence[str]) -> float:
         """Mean damage with the layers `floats` left alone."""
@@ -83,7 +95,11 @@ class Trial:
         """Mean damage of a model with the same outputs."""
         segment = Segment(model, None, self._names)
         parts = [segment.run(batch) for batch in batches(self._samples)]
-        return float(self._fidelity.damages([np.concatenate([p[n] for p in parts]) for n in self._names]).mean())
+        outputs = [np.concatenate([p[n] for p in parts]) for n in self._names]
+        apart = float(self._fidelity.damages(outputs).mean())
+        if self._goal is None:
+            return apart
+        return min(apart, max(float(self._goal.damages(outputs).mean()) - self._start, 0.0))
 
 
 def alone(trial: Trial, layers: Sequence[str], tell: Tell | None = None) -> dict[str, float]:

@@ -126,7 +126,7 @@ class Quantize(Pass):
         layers = [step.layer for step in chosen.layers if step.layer is not None]
         apply, back, done = in_int8(self._plan, named, self.scales), None, None
         if self.fallback == "auto":
-            trial = Trial(model, apply, pick_samples(model, samples, FALLBACK_SAMPLES))
+            trial = Trial(model, apply, pick_samples(model, samples, FALLBACK_SAMPLES), context.original)
             before = after = trial.damage(())
             if before > self.damage:  # to nearest; rounding with data may do without float layers
                 untouched = ir.to_proto(model)
@@ -169,7 +169,7 @@ class Quantize(Pass):
     ) -> Fallback | None:
         if self.fallback == "none" or self.fallback == 0:
             return None
-        trial = Trial(model, apply, pick_samples(model, samples, FALLBACK_SAMPLES))
+        trial = Trial(model, apply, pick_samples(model, samples, FALLBACK_SAMPLES), context.original)
         if self.fallback == "auto":
             return fall_back(trial, [layer.name for layer in layers], self.damage, context.tell)
         return fall_back_within(trial, costs_of(model, layers, context.price), self.fallback, context.tell)

@@ -14,6 +14,7 @@ from sparsec.loading import load_model, model_bytes
 from sparsec.passes.fold_constants import constant
 from sparsec.passes.layers import block_sums, weighted_layers
 from sparsec.passes.masks import Pattern, draw_masks
+from sparsec.passes.quant_fallback import Trial
 from sparsec.passes.quantize import Quantize
 from sparsec.passes_api import Context, Stacked, parse_spec
 from sparsec.pipeline import run_passes
@@ -281,6 +282,25 @@ def test_layers_go_back_to_float_until_the_damage_is_small(model) -> None:
     assert {r["layer"] for r in records(made, "float")} == set(record["floats"])
     assert len(records(made, "int8")) == 4 - len(record["floats"]) >= 1
     assert np.abs(outputs(made, data) - reference).mean() < 0.3 * np.abs(reference).mean()
+
+
+def test_what_comes_nearer_to_the_original_is_no_damage() -> None:
+    """Behind a pass that changed the model, rounding with data makes up for some of it: far from the model it was given."""
+    made = classifier()
+    original = Context.of(made).original
+    assert original is not None
+    for layer in list(weighted_layers(made))[:3:2]:
+        w = layer.read()
+        layer.write(np.where(np.abs(w) < np.quantile(np.abs(w), 0.6), 0, w).astype(np.float32))
+    data, changed = images(), save(made)
+    trial = Trial(made, lambda model, floats: True, data, original)
+    goal = ir.from_proto(onnx.load_model_from_string(original))
+    assert Trial(made, lambda model, floats: True, data).damage_of(goal) > 0.02
+    assert trial.damage_of(goal) == 0.0
+    worse = ir.from_proto(onnx.load_model_from_string(changed))
+    for layer in weighted_layers(worse):
+        layer.write(np.asarray(0.3 * layer.read(), np.float32))
+    assert trial.damage_of(worse) > 0.02
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.4, 1.0])
