@@ -27,6 +27,7 @@ from sparsec.kernels.blocks import Blocks
 from sparsec.kernels.epilogue import NONE, Activation, Residual, activate, finish
 from sparsec.kernels.gemm import transpose_panel
 from sparsec.kernels.parts import Part, parts_of
+from sparsec.kernels.row_tiles import RowTiles
 
 CHAINS = 4  # blocks in flight when x has few rows: covers the multiply-add's latency
 FEW = 4  # rows of x from which panels pay
@@ -122,17 +123,12 @@ def bind(
         "tables": packed.pointers,
         "bias": machine.array(padded_bias),
     }
-    few = m < FEW
-    parts = () if few else row_parts(machine, m, packed.rows)
-    pitch = 0 if few else parts[-1].at + parts[-1].lanes
-    step = m if few else parts[-1].at + parts[-1].valid
-    row_tiles = m if few else -(-m // step)
-    chunk = max(1, min(groups, -(-groups * row_tiles // 16)))  # row groups a tile
-    chunks = -(-groups // chunk)
+    tiles = RowTiles(m, groups, machine.lanes, () if m < FEW else row_parts(machine, m, packed.rows))
+    step, pitch = tiles.step, tiles.pitch
     scratch = machine.item * k * pitch
 
     sizes = {"x": m * k, "y": m * n, "residual": m * n, "scratch": k * pitch}
-    roles = ["x", "y", *(["residual"] if residual != "none" else []), *constants, *([] if few else ["scratch"])]
+    roles = ["x", "y", *(["residual"] if residual != "none" else []), *constants, *(["scratch"] if tiles.parts else [])]
     arguments = [
         (role, constants[role].size, str(constants[role].dtype))
         if role in constants
@@ -144,44 +140,20 @@ def bind(
         named = dict(zip(roles, buffers, strict=False))
         begin, end = buffers[-2:]
         layer = _Layer(machine, packed, named, activation, residual)
-        if not few and chunks > 1:  # the panel serves again where only the row groups change
-            turned = T.alloc_buffer((1,), "int32", scope="local")
-            T.buffer_store(turned, -1, [0])
-        with T.serial(begin, end) as t:
-            first = T.bind(t % chunks * chunk)
-            last = T.bind(T.min(first + chunk, groups))
-            row = T.bind(t // chunks)
-            if few:
-                layer.each_group(first, last, lambda g, valid: layer.one_row(row, g, valid))
-                return
-            full, rest = divmod(m, step)
 
-            def tile(parts: tuple[Part, ...], valid: int) -> None:
-                def turn() -> None:
-                    base = T.bind(row * (step * k))
-                    transpose_panel(
-                        lambda i, at, lanes: emit.load(named["x"], base + i * k + at, lanes), valid, k,
-                        named["scratch"], pitch,
-                    )  # fmt: skip
+        def turn(row: Any, valid: int) -> None:
+            base = T.bind(row * (step * k))
+            transpose_panel(
+                lambda i, at, lanes: emit.load(named["x"], base + i * k + at, lanes), valid, k, named["scratch"], pitch
+            )
 
-                if chunks == 1:
-                    turn()
-                else:
-                    with T.If(turned[0] != row), T.Then():
-                        turn()
-                        T.buffer_store(turned, row, [0])
-                layer.each_group(first, last, lambda g, live: layer.many_rows(row * step, g, live, parts, pitch))
+        def few(row: Any, first: Any, last: Any) -> None:
+            layer.each_group(first, last, lambda g, valid: layer.one_row(row, g, valid))
 
-            if not rest:
-                tile(parts, step)
-            elif not full:
-                tile(parts_of(rest, machine.lanes), rest)
-            else:
-                with T.If(row < full):
-                    with T.Then():
-                        tile(parts, step)
-                    with T.Else():
-                        tile(parts_of(rest, machine.lanes), rest)
+        def many(row: Any, first: Any, last: Any, parts: tuple[Part, ...]) -> None:
+            layer.each_group(first, last, lambda g, live: layer.many_rows(row * step, g, live, parts, pitch))
+
+        tiles.walk(begin, end, few, turn, many)
 
     func = emit.function(arguments, body)
     longest = int(np.diff(packed.pointers).max()) * packed.columns
@@ -190,7 +162,7 @@ def bind(
     text = (
         f"{m}x{k} times {k}x{n}, {form.format} blocks, {packed.blocks} stored, {activation.name}, residual {residual}"
     )
-    return KernelCall(name, func, tuple(roles), constants, row_tiles * chunks, scratch, text)
+    return KernelCall(name, func, tuple(roles), constants, tiles.count, scratch, text)
 
 
 @dataclass(frozen=True)

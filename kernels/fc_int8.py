@@ -31,6 +31,7 @@ from sparsec.kernels.gemm import transpose_panel
 from sparsec.kernels.gemm_int8 import balanced, column_constants, load_words, words_of
 from sparsec.kernels.parts import Part, parts_of
 from sparsec.kernels.quantized import QuantType, Requantize
+from sparsec.kernels.row_tiles import RowTiles
 
 _CHAINS = 8  # sums in flight that cover the latency of `dot`
 
@@ -89,15 +90,16 @@ def bind(
         "tables": np.concatenate([packed.pointers, columns["starts"]]),
         "multipliers": columns["multipliers"],
     }
-    few = m < fc.FEW
-    parts = () if few else fc.row_parts(words, m, packed.rows)
-    pitch = 0 if few else parts[-1].at + parts[-1].lanes
-    step = m if few else parts[-1].at + parts[-1].valid
-    row_tiles = -(-m // step)
-    chunk = max(1, min(groups, -(-groups * row_tiles // 16)))  # row groups a tile
-    chunks = -(-groups // chunk)
+    tiles = RowTiles(m, groups, words.lanes, () if m < fc.FEW else fc.row_parts(words, m, packed.rows), few_step=m)
+    step, pitch = tiles.step, tiles.pitch
 
-    roles = ["x", "y", *(["residual"] if steps.residual != "none" else []), *constants, *([] if few else ["scratch"])]
+    roles = [
+        "x",
+        "y",
+        *(["residual"] if steps.residual != "none" else []),
+        *constants,
+        *(["scratch"] if tiles.parts else []),
+    ]
     sizes = {"x": (m * k, x.dtype), "y": (m * n, steps.element), "residual": (m * n, steps.other_element)}
     sizes |= {"scratch": (depth * pitch, "int32")}
     sizes |= {role: (array.size, str(array.dtype)) for role, array in constants.items()}
@@ -107,37 +109,14 @@ def bind(
         named = dict(zip(roles, buffers, strict=False))
         begin, end = buffers[-2:]
         layer = _Layer(words, packed, named, steps, k, flip)
-        if not few and chunks > 1:  # the panel serves again where only the row groups change
-            turned = T.alloc_buffer((1,), "int32", scope="local")
-            T.buffer_store(turned, -1, [0])
-        with T.serial(begin, end) as t:
-            first = T.bind(t % chunks * chunk)
-            last = T.bind(T.min(first + chunk, groups))
-            row = T.bind(t // chunks)
-            if few:
-                layer.each_group(first, last, lambda g, live: layer.few_rows(m, g, live))
-                return
-            full, rest = divmod(m, step)
 
-            def tile(parts: tuple[Part, ...], valid: int) -> None:
-                if chunks == 1:
-                    layer.turn(row * step, valid, pitch)
-                else:
-                    with T.If(turned[0] != row), T.Then():
-                        layer.turn(row * step, valid, pitch)
-                        T.buffer_store(turned, row, [0])
-                layer.each_group(first, last, lambda g, live: layer.many_rows(row * step, g, live, parts, pitch))
+        def few(row: Any, first: Any, last: Any) -> None:
+            layer.each_group(first, last, lambda g, live: layer.few_rows(m, g, live))
 
-            if not rest:
-                tile(parts, step)
-            elif not full:
-                tile(parts_of(rest, words.lanes), rest)
-            else:
-                with T.If(row < full):
-                    with T.Then():
-                        tile(parts, step)
-                    with T.Else():
-                        tile(parts_of(rest, words.lanes), rest)
+        def many(row: Any, first: Any, last: Any, parts: tuple[Part, ...]) -> None:
+            layer.each_group(first, last, lambda g, live: layer.many_rows(row * step, g, live, parts, pitch))
+
+        tiles.walk(begin, end, few, lambda row, valid: layer.turn(row * step, valid, pitch), many)
 
     func = emit.function([(role, *sizes[role]) for role in roles], body)
     name = unique(form.name.lower(), m, n, k, packed.blocks, packed.rows, steps, x.dtype, machine)
@@ -146,7 +125,7 @@ def bind(
         f"residual {steps.residual}"
     )
     scratch = 4 * depth * pitch
-    return KernelCall(name, func, tuple(roles), constants, row_tiles * chunks, scratch, text)
+    return KernelCall(name, func, tuple(roles), constants, tiles.count, scratch, text)
 
 
 @dataclass(frozen=True)
