@@ -167,11 +167,8 @@ def bind(
     tiling: Tiling | None = None,
 ) -> tuple[KernelCall | None, KernelCall]:
     """The calls for one layer, as `int8.bind`."""
-    start = quantized.correction(machine, w, bias, x)
-    multipliers = steps.multipliers(x, w_scale)
-    bounded = quantized.largest(w, bias, multipliers) >= 2.0**30
     tiling = tiling or tiling_of(machine, geometry, form)
-    main = _Gathered(machine.words(), geometry, pack(w, form), start, multipliers, x, steps, tiling, bounded).call()
+    main = _Gathered(machine.words(), geometry, pack(w, form), w, bias, x, w_scale, steps, tiling).call()
     first = prepare(machine, geometry, x.dtype, x.zero_point) if geometry.needs_prepare else None
     return first, main
 

@@ -132,10 +132,7 @@ def bind(
         columns = stored_words(w, form, machine, geometry)
         tiling, _ = best_tiling(words, in_words(geometry), _word_form(form), columns)
     packed = pack_words(w, form, tiling.rows, tiling.depth)
-    start = quantized.correction(machine, w, bias, x)
-    multipliers = steps.multipliers(x, w_scale)
-    bounded = quantized.largest(w, bias, multipliers) >= 2.0**30
-    main = Quantized(words, padded(geometry), packed, start, multipliers, x, steps, tiling, bounded).call()
+    main = Quantized(words, padded(geometry), packed, w, bias, x, w_scale, steps, tiling).call()
     first = None
     if geometry.needs_prepare or geometry.x_shape[1] % WORD:
         channels = padded(geometry).x_shape[1]
@@ -144,13 +141,15 @@ def bind(
 
 
 class Quantized(Convolution):
-    """Emits the kernel of one layer; see the module's head. `geometry`: with channels of whole words."""
+    """Emits the kernel of one layer; see the module's head. `geometry`: with channels of whole words; `packed`: of `w`."""
 
     def __init__(
-        self, machine: Machine, geometry: Geometry, packed: Packed, start: np.ndarray, multipliers: np.ndarray,
-        x: QuantType, steps: Requantize, tiling: Tiling, bounded: bool,
+        self, machine: Machine, geometry: Geometry, packed: Packed, w: np.ndarray, bias: np.ndarray | None,
+        x: QuantType, w_scale: np.ndarray, steps: Requantize, tiling: Tiling,
     ) -> None:  # fmt: skip
-        self.x, self.steps, self.multipliers, self.bounded = x, steps, multipliers, bounded
+        self.x, self.steps, self.multipliers = x, steps, steps.multipliers(x, w_scale)
+        self.bounded = quantized.largest(w, bias, self.multipliers) >= 2.0**30
+        start = quantized.correction(machine, w, bias, x)
         super().__init__(machine, geometry, packed, start, steps.activation, steps.residual, tiling)
 
     @property

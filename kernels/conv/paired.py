@@ -134,11 +134,8 @@ def bind(
 ) -> tuple[KernelCall | None, KernelCall]:
     """The calls for one layer, as `int8.bind`."""
     tiling = tiling or ranked(machine, geometry)[0][1]
-    start = quantized.correction(machine, w, bias, x)
-    multipliers = steps.multipliers(x, w_scale)
-    bounded = quantized.largest(w, bias, multipliers) >= 2.0**30
     whole, packed = padded(geometry), pack(w, tiling.rows)
-    main = _Paired(machine.words(), whole, packed, start, multipliers, x, steps, tiling, bounded).call()
+    main = _Paired(machine.words(), whole, packed, w, bias, x, w_scale, steps, tiling).call()
     first = None
     if geometry.needs_prepare or whole != geometry:
         first = prepare(machine, geometry, x.dtype, x.zero_point, whole.x_shape[1])
