@@ -35,9 +35,10 @@ ROWS = {
     "plain SVD": "method=plain,allocation=uniform",
     "whitened": "allocation=uniform,sequential=false",
     "+ allocation": "sequential=false",
-    "+ sequential": "",
+    "+ in order": "",
     "+ sparse residual": "residual=sparse",
 }
+RECOVERED = " + recover"
 SPEED = "forms=svd,method=plain,allocation=uniform"  # what runs how fast does not depend on the numbers
 Samples = dict[str, np.ndarray]  # [N, 1, ...] by input name: a batch of one in front of each sample
 
@@ -244,35 +245,63 @@ def byte_rows(given: Case, share: float = 0.5) -> Iterator[dict[str, Any]]:
 # ---- accuracy
 
 
-def accuracy_rows(given: Case, shares: list[float], recover: float, rows: list[str]) -> Iterator[dict[str, Any]]:
-    """Every row of ROWS at each share of parameters, with recovery behind it if `recover` is a number of minutes."""
+def accuracy_rows(
+    given: Case, shares: list[float], recover: float, rows: list[str], keep: Path, known: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Every row of ROWS at each share of parameters, and the same model after `recover` minutes of training, if any.
+
+    What `known` holds is not measured again. Models lie in `keep`: recovery starts from the one that was measured before it.
+    """
+    import onnx_ir as ir
+
     import sparsec
 
+    done = {(row["model"], row["asked"], row["variant"]) for row in known}
+    wanted = [
+        (share, label, end)
+        for share in shares
+        for label in rows
+        for end in (("", RECOVERED) if recover else ("",))
+        if (given.name, share, label + end) not in done
+    ]
+    if not wanted:
+        return
+    keep.mkdir(parents=True, exist_ok=True)
     dense = given.load()
     before, total = outputs(dense, given.held), weights(dense)
-    for share in shares:
-        for label in rows:
-            options = ROWS[label]
-            passes = [f"factorize:parameters={share}" + (f",{options}" if options else "")]
-            passes += [f"recover:minutes={recover}"] if recover else []
-            start = time.perf_counter()
-            model = sparsec.rewrite(given.load(), passes=passes, calibration=stacked(given.calibration))
-            after = outputs(model, given.held)
-            row: dict[str, Any] = {
-                "model": given.name, "asked": share, "variant": label + (" + recover" if recover else ""),
-                "parameters": weights(model) / total, "seconds": time.perf_counter() - start,
-                "error": float(np.square(after - before).sum() / np.square(before).sum()),
-            }  # fmt: skip
-            if given.labels is not None:
-                first, second = (y.reshape(len(y), -1) for y in (before, after))
-                a, b = prune_table.log_softmax(first), prune_table.log_softmax(second)
-                hits = [100 * float((y.argmax(axis=1) == given.labels).mean()) for y in (first, second)]
-                row |= {
-                    "dense_top1": hits[0], "top1": hits[1], "drop": hits[0] - hits[1],
-                    "kl": float((np.exp(a) * (a - b)).sum(axis=1).mean()),
-                    "agreement": 100 * float((first.argmax(axis=1) == second.argmax(axis=1)).mean()),
-                }  # fmt: skip
-            yield row
+    teacher = keep / f"{given.name}-dense.onnx"
+    ir.save(dense, teacher)
+    for share, label, end in wanted:
+        options, own = ROWS[label], keep / f"{given.name}-{share}-{label.replace(' ', '-')}.onnx"
+        factorize = f"factorize:parameters={share}" + (f",{options}" if options else "")
+        start = time.perf_counter(), time.process_time()
+        if end and own.exists():
+            source, passes = ir.load(own), [f"recover:minutes={recover},teacher={teacher}"]
+        else:
+            source, passes = given.load(), [factorize, *([f"recover:minutes={recover}"] if end else [])]
+        model = sparsec.rewrite(source, passes=passes, calibration=stacked(given.calibration))
+        spent = time.perf_counter() - start[0], time.process_time() - start[1]
+        if not end:
+            ir.save(model, own)
+        yield {
+            "model": given.name, "asked": share, "variant": label + end, "parameters": weights(model) / total,
+            "seconds": spent[0], "cpu": spent[1], **accuracy(before, outputs(model, given.held), given.labels),
+        }  # fmt: skip
+
+
+def accuracy(before: np.ndarray, after: np.ndarray, labels: np.ndarray | None) -> dict[str, float]:
+    """Relative squared error of the outputs `after`; with labels [N] also what became of the classes."""
+    error = float(np.square(after - before).sum() / np.square(before).sum())
+    if labels is None:
+        return {"error": error}
+    first, second = (y.reshape(len(y), -1) for y in (before, after))
+    a, b = prune_table.log_softmax(first), prune_table.log_softmax(second)
+    hits = [100 * float((y.argmax(axis=1) == labels).mean()) for y in (first, second)]
+    return {
+        "error": error, "dense_top1": hits[0], "top1": hits[1], "drop": hits[0] - hits[1],
+        "kl": float((np.exp(a) * (a - b)).sum(axis=1).mean()),
+        "agreement": 100 * float((first.argmax(axis=1) == second.argmax(axis=1)).mean()),
+    }  # fmt: skip
 
 
 def stacked(samples: Samples) -> Samples:
@@ -402,11 +431,11 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=FILES)
     parser.add_argument("--share", action="append", type=float)
     parser.add_argument("--row", action="append", choices=ROWS)
-    parser.add_argument("--recover", type=float, default=0.0, metavar="MINUTES")
+    parser.add_argument("--recover", type=float, default=0.0, metavar="MINUTES", help="train each, too")
     parser.add_argument("--calibration", type=int, default=0, metavar="SAMPLES", help="at most so many")
     parser.add_argument("--held", type=int, default=0, metavar="SAMPLES", help="at most so many to measure on")
     parser.add_argument("--rounds", type=int, default=200, help="of timing, for speed")
-    parser.add_argument("--keep", type=Path, default=Path("factorized"), help="folder of artifacts, for speed")
+    parser.add_argument("--keep", type=Path, default=Path("factorized"), help="folder of models and artifacts")
     parser.add_argument("--out", type=Path, default=Path("low_rank"))
     arguments = parser.parse_args()
     if "SPARSEC_DATA" not in os.environ:
@@ -422,7 +451,8 @@ def main() -> None:
         elif arguments.kind == "bytes":
             found = (row for share in shares for row in byte_rows(given, share))
         elif arguments.kind == "accuracy":
-            found = accuracy_rows(given, shares, arguments.recover, arguments.row or list(ROWS))
+            labels = arguments.row or list(ROWS)
+            found = accuracy_rows(given, shares, arguments.recover, labels, arguments.keep, rows)
         elif arguments.kind == "parity":
             found = parity_rows(given)
         else:
