@@ -49,10 +49,10 @@ def with_atheris(name: str, arguments: list[str]) -> None:
     """Hand a target to libFuzzer; does not return."""
     import atheris
 
-    readers = ["artifact", "external_data", "npz", "reading", "recipe", "tuning"]
+    readers = ["external_data", "manifest", "npz", "reading", "recipe", "tuning"]
     with atheris.instrument_imports(include=["yaml", *(f"sparsec.{name}" for name in readers)]):
-        import sparsec.artifact
         import sparsec.loading
+        import sparsec.manifest
         import sparsec.npz
         import sparsec.recipe
         import sparsec.tuning  # noqa: F401

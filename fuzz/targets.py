@@ -161,7 +161,7 @@ RECIPES = [
 
 
 def _manifest(data: bytes) -> None:
-    from sparsec.artifact import check_manifest, read_json
+    from sparsec.manifest import check_manifest, read_json
 
     with file_of(data, "manifest.json") as path, one_line():
         check_manifest(read_json(path), path.parent)
@@ -169,7 +169,8 @@ def _manifest(data: bytes) -> None:
 
 @cache
 def _manifests() -> list[bytes]:
-    from sparsec.artifact import FILES, container
+    from sparsec.manifest import FILES
+    from sparsec.targets import container
 
     tensor = {"name": "x", "shape": [1, 4], "dtype": "float32", "quantization": None}
     entry = {"bytes": 3, "sha256": "a" * 64}

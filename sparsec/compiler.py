@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from sparsec.artifact import Artifact, Facts, artifact_path, check_output, load, staged, write_artifact
+from sparsec.artifact import Artifact, Facts, artifact_path, load, write_artifact
 from sparsec.bench import faster
 from sparsec.budget import Budget, fit_budget
 from sparsec.build import build, pack_parity
@@ -38,6 +38,7 @@ from sparsec.pipeline import run_passes
 from sparsec.preflight import preflight
 from sparsec.program import Program
 from sparsec.recipe import Recipe, load_recipe
+from sparsec.staging import check_output, staged
 from sparsec.targets import Target, find_target, missing_features, with_precision
 from sparsec.tolerance import floors, for_sample, tolerances
 from sparsec.tuning import Lookup, read_tuning

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from sparsec.artifact import staged_file
 from sparsec.errors import UsageError
 from sparsec.exchange import large, skeleton
 from sparsec.external_data import Extent
 from sparsec.loading import model_bytes
+from sparsec.staging import staged_file
 
 ONE_FILE = (1 << 31) - (1 << 26)  # bytes of tensors up to which a model is one file
 ALIGNMENT = 1 << 16

@@ -14,9 +14,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sparsec.artifact import MANIFEST, Artifact
+from sparsec.artifact import Artifact
 from sparsec.data import Images
 from sparsec.errors import DataError, RuntimeUnavailable, UsageError
+from sparsec.manifest import MANIFEST
 
 HOST = "127.0.0.1"
 FILES = ("page.html", "page.js", "page.css", "model.js", "requests.js", "runner.html", "runner.js")

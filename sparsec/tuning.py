@@ -139,7 +139,8 @@ class Tuning:
 
     def write(self, path: Path) -> None:
         """Replace the file in one step."""
-        from sparsec.artifact import dump_json, staged_file, storage_error
+        from sparsec.manifest import dump_json
+        from sparsec.staging import staged_file, storage_error
 
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

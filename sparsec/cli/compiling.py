@@ -75,7 +75,9 @@ def compile_verb(
 def _early(model: str, output: str, overwrite: bool, machine: Machine, limits: Limits) -> None:
     """The cheap mistakes, said before TVM is imported; the process that reads the model starts meanwhile."""
     from sparsec import isolation
-    from sparsec.artifact import SUFFIX, artifact_path, check_output
+    from sparsec.artifact import artifact_path
+    from sparsec.manifest import SUFFIX
+    from sparsec.staging import check_output
 
     if machine.target is not None or machine.precision is not None:
         machine.find()
@@ -149,7 +151,7 @@ def rewrite_verb(
     model: str, output: str, overwrite: bool, rewriting: Rewriting, fixed: Fixed, as_json: bool, verbose: bool
 ) -> None:
     """An ONNX model into an ONNX model."""
-    from sparsec.artifact import check_output
+    from sparsec.staging import check_output
 
     start = time.perf_counter()
     check_output(Path(output), overwrite)

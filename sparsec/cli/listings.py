@@ -24,8 +24,8 @@ def models_verb(
     name: str | None, output: str | None, data: str | None, count: int, overwrite: bool, as_json: bool, verbose: bool
 ) -> None:
     """List model builders; write one; write the demo's held-out data."""
-    from sparsec.artifact import check_output, staged_file
     from sparsec.models import BUILDERS, build, write_data
+    from sparsec.staging import check_output, staged_file
     from sparsec.targets import suggest
 
     if name is not None and name not in BUILDERS:

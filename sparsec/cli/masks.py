@@ -35,7 +35,7 @@ def export_verb(
     model: str, output: str, every: bool, overwrite: bool, fixed: Fixed, as_json: bool, verbose: bool
 ) -> None:
     """Write which weights are not zero, by initializer name."""
-    from sparsec.artifact import staged_file
+    from sparsec.staging import staged_file
 
     with staged_file(Path(output), overwrite) as stage:
         from sparsec.masks_io import export_masks, write_masks
@@ -56,7 +56,7 @@ def apply_verb(
     model: str, masks: str, output: str, overwrite: bool, fixed: Fixed, as_json: bool, verbose: bool
 ) -> None:
     """Zero the weights that the masks exclude."""
-    from sparsec.artifact import staged_file
+    from sparsec.staging import staged_file
 
     with staged_file(Path(output), overwrite) as stage:
         from sparsec.loading import model_bytes
@@ -89,7 +89,7 @@ def soup_verb(
         raise UsageError("give at least two models", "soup")
     if (against is None) != (data is None):
         raise UsageError("--against and --data go together: the original, and samples to compare on", "soup")
-    from sparsec.artifact import staged_file
+    from sparsec.staging import staged_file
 
     with staged_file(Path(output), overwrite) as stage:
         from sparsec.loading import model_bytes

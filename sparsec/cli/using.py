@@ -124,8 +124,9 @@ def run_verb(
     verbose: bool,
 ) -> None:  # fmt: skip
     """One sample through an artifact; floats for an input of 8 bits are quantized, outputs come as they are stored."""
-    from sparsec.artifact import load, staged_file
+    from sparsec.artifact import load
     from sparsec.data import read_npy, write_npz
+    from sparsec.staging import staged_file
 
     artifact = load(path)
     files = parse_inputs(inputs, [spec.name for spec in artifact.inputs])

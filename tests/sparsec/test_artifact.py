@@ -14,10 +14,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sparsec import artifact as artifacts
-from sparsec.artifact import Facts, artifact_path, load, staged, staged_file, write_artifact
+from sparsec.artifact import Facts, artifact_path, load, write_artifact
 from sparsec.errors import ArtifactError, BuildError, UsageError
+from sparsec.manifest import FILES
 from sparsec.program import Arg, Candidate, Layer, Program, Tensor
+from sparsec.staging import staged, staged_file
 from sparsec.targets import find_target
 
 
@@ -66,7 +67,7 @@ def made(tmp_path: Path) -> Path:
 
 def test_write_then_load(made: Path) -> None:
     artifact = load(made)
-    assert {p.name for p in made.iterdir()} == {*artifacts.FILES["elf"], "weights.bin", "manifest.json"}
+    assert {p.name for p in made.iterdir()} == {*FILES["elf"], "weights.bin", "manifest.json"}
     assert artifact.inputs[0].shape == (1, 4)
     assert artifact.bytes == {"weights": 11, "code": 11, "onnx": len(model_bytes())}
     assert artifact.manifest["passes"] == [{"name": "prune", "sparsity": 0.75}]
@@ -105,7 +106,7 @@ def test_overwrite_replaces_and_leaves_nothing_else(made: Path) -> None:
 
 
 def test_overwrite_without_an_atomic_exchange(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifacts, "_exchange", lambda a, b: False)
+    monkeypatch.setattr("sparsec.staging._exchange", lambda a, b: False)
     (made / "stray.txt").write_text("old")
     with staged(made, overwrite=True) as stage:
         fill(stage)
@@ -177,7 +178,7 @@ def test_staged_file(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o444 == 0o444
 
 
-@pytest.mark.parametrize("name", [*artifacts.FILES["elf"], "weights.bin"])
+@pytest.mark.parametrize("name", [*FILES["elf"], "weights.bin"])
 def test_every_file_is_checked(made: Path, name: str) -> None:
     content = (made / name).read_bytes()
     (made / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

@@ -19,9 +19,9 @@ import pytest
 from onnx import TensorProto, helper
 from samples import pair_artifact, pair_inputs, pair_model
 
-from sparsec.artifact import FILES
 from sparsec.cli.arguments import parse_binds, parse_inputs, parse_shapes
 from sparsec.errors import UsageError
+from sparsec.manifest import FILES
 from sparsec.runtimes.emulated import find_emulator
 
 Run = Callable[..., tuple[int, str, str]]

@@ -22,9 +22,10 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from PIL import Image
 
 import sparsec
-from sparsec.artifact import check_manifest, load
+from sparsec.artifact import load
 from sparsec.data import Images, InputSpec, Quantization, load_data
 from sparsec.errors import ArtifactError, DataError, UsageError
+from sparsec.manifest import check_manifest
 from sparsec.runtimes.emulated import find_emulator
 
 SHAPE = (1, 3, 8, 8)
