@@ -32,7 +32,8 @@ from __future__ import annotations
 from sparsec.kernels.base import Format
 from sparsec.kernels.conv.cost import best_tiling, predict_us, ranked_tilings, stored_columns, tilings
 from sparsec.kernels.conv.geometry import Geometry, Tiling, reference
-from sparsec.kernels.conv.kernel import Shares, bind
+from sparsec.kernels.conv.kernel import bind
+from sparsec.kernels.conv.shares import Shares
 from sparsec.kernels.conv.stored import DENSE, TABLE, Packed, pack, unpack
 from sparsec.kernels.parts import Part
 

@@ -1,10 +1,7 @@
-"""The convolution kernel: a panel packed for each tile of pixels, register tiles over the stored blocks of row groups."""
+"""The convolution kernel: its constants, and the walk over tiles of pixels, each with its panel, and groups of rows."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,18 +9,17 @@ from tvm.tirx.script.builder import ir as T
 
 from sparsec.kernels import emit
 from sparsec.kernels.base import Format, KernelCall, Machine, unique
-from sparsec.kernels.conv.cost import best_tiling, chains, stored_columns
+from sparsec.kernels.conv.cost import best_tiling, stored_columns
 from sparsec.kernels.conv.geometry import Geometry, Tiling
+from sparsec.kernels.conv.groups import RowGroups, Stage, Terms
+from sparsec.kernels.conv.panel import Copies, copies_of
 from sparsec.kernels.conv.prepare import prepare
+from sparsec.kernels.conv.shares import Shares
 from sparsec.kernels.conv.stored import DENSE, Packed, pack
 from sparsec.kernels.epilogue import NONE, Activation, Residual
-from sparsec.kernels.epilogue import finish as finish_sum
 from sparsec.kernels.parts import Part
 
-AHEAD = 512  # elements: weights are asked for this early; one at a time they go by too slowly for hardware to notice
-COPY = 16  # most pixels of one copy
 PACKED_ROWS = 32  # panel rows that are filled at a time
-UNITS = 64  # pieces that a layer is cut into for threads, at least, where it has that many groups of rows
 
 
 def bind(
@@ -49,40 +45,8 @@ def bind(
     return (prepare(machine, geometry) if geometry.needs_prepare else None), call
 
 
-@dataclass(frozen=True)
-class Shares:
-    """How the tiles of one image are cut for threads: a tile is `full` pieces of its row groups, the narrower last `tail`.
-
-    A piece is about as much work in both, so that ranges of equal length take equally long.
-    """
-
-    tiles: int
-    full: int
-    tail: int  # 0: no narrower tile
-
-    @staticmethod
-    def of(tiling: Tiling, images: int, groups: int) -> Shares:
-        pieces = min(max(groups, 1), -(-UNITS // (images * tiling.count)))
-        if not tiling.tail:
-            return Shares(tiling.count, pieces, 0)
-        share = tiling.tail / tiling.width if tiling.full else 1.0
-        return Shares(tiling.count, pieces, max(1, round(pieces * share)))
-
-    @property
-    def image(self) -> int:
-        """Pieces of an image."""
-        return self.tiles * self.full if not self.tail else (self.tiles - 1) * self.full + self.tail
-
-    def tile_of(self, piece: Any) -> Any:
-        """Number of the tile, over all images, that a piece belongs to."""
-        if not self.tail or self.tail == self.full:
-            return piece // self.full
-        image = piece // self.image
-        return image * self.tiles + T.min((piece - image * self.image) // self.full, self.tiles - 1)
-
-
-class Convolution:
-    """Emits the kernel of one layer. What depends on the arithmetic stands in the methods up to `call`."""
+class Convolution(RowGroups):
+    """Emits the kernel of one layer. What depends on the arithmetic stands in the methods up to `call`, and in `RowGroups`."""
 
     def __init__(
         self, machine: Machine, geometry: Geometry, packed: Packed, bias: np.ndarray | None,
@@ -134,22 +98,6 @@ class Convolution:
         """Fill `lanes` pixels of a panel row from `start` in x."""
         emit.store(self.buffers["scratch"], to, emit.load(self.buffers["x"], start, lanes), lanes)
 
-    def multiply_add(self, total: Any, weights: Any, activations: Any) -> Any:
-        """A sum and one more term."""
-        return total + weights * activations
-
-    def together(self, lanes: int) -> int:
-        """How many vectors of sums `finished` takes at a time."""
-        return 1
-
-    def finished(self, totals: list[Any], others: list[Any], rows: list[Any], lanes: int) -> Any:
-        """What is stored of some vectors of sums, one behind the other. `others`: residuals; `rows`: output channels."""
-        return finish_sum(totals[0], self.activation, self.residual, others[0])
-
-    def finished_rows(self, total: Any, row: Any, rows: int) -> list[Any] | None:
-        """What is stored of one pixel's sums of `rows` rows from `row` on, or None: each goes through `finished`."""
-        return None
-
     def name(self, form: str) -> tuple[str, tuple[Any, ...]]:
         """How the kernel's name begins, and what its code depends on besides what `call` knows."""
         what = "x".join(map(str, self.geometry.w_shape[2:]))
@@ -173,7 +121,7 @@ class Convolution:
         if self.tap_table:
             tables.append(self.offsets())
         if not self.pointwise:
-            self.copies = _Copies(self.geometry, self.tiling)
+            self.copies = Copies(self.geometry, self.tiling)
             self.copy_base = self.pointer_base + self.copies.pointers
             tables.append(self.copies.table)
         if tables:
@@ -250,7 +198,7 @@ class Convolution:
             with T.serial(0, self.live) as k:
                 start = T.bind(start_of(k))
                 for part in parts:
-                    for at, lanes in _copies(part):
+                    for at, lanes in copies_of(part):
                         self.copy(k * width + at, start + tile * width + at, lanes)
             return
         # Each copy for some rows before the next copy: its place is read once, and the rows stay in the first cache.
@@ -304,209 +252,3 @@ class Convolution:
         else:
             with T.serial(0, packed.passes) as number:
                 one_pass(number, Stage(number == 0, number == packed.passes - 1))
-
-    def _group(self, first_row: Any, rows: int, parts: tuple[Part, ...], out: Any, terms: Terms, stage: Stage) -> None:
-        """Add `terms` to rows first_row .. first_row + rows of one tile."""
-        count = 1 if self.limit else chains(self.machine, rows, parts)
-        shape = [part.vectors(rows) for part in parts], [part.lanes for part in parts]
-        sets = [emit.Accumulators(*shape, self.element) for _ in range(count)]
-        bias, scratch = self.buffers.get("bias"), self.buffers["scratch"]
-
-        def begin(i: int, p: int) -> Any:
-            part = parts[p]
-            if bias is None:
-                return emit.constant(0, part.lanes, self.element)
-            return (
-                emit.load(bias, first_row, part.lanes) if part.turned else emit.splat(bias[first_row + i], part.lanes)
-            )
-
-        def slot(i: int, p: int) -> Any:
-            """Where a sum rests between two passes: aligned vectors behind the panel, by group."""
-            before = sum(part.vectors(rows) for part in parts[:p])
-            return self.panel + first_row * self.tiling.width + (before + i) * self.tiling.lanes
-
-        def finished() -> None:
-            self.store_sums(sets[0].get, first_row, rows, parts, out)
-
-        def unfinished() -> None:
-            for p, part in enumerate(parts):
-                for i in range(part.vectors(rows)):
-                    emit.store(scratch, slot(i, p), sets[0].get(i, p), part.lanes)
-
-        def resume() -> None:
-            sets[0].fill(lambda i, p: emit.load(scratch, slot(i, p), parts[p].lanes))
-
-        stage.choose(stage.first, lambda: sets[0].fill(begin), resume)
-        for more in sets[1:]:
-            more.fill(lambda i, p: emit.constant(0, parts[p].lanes, self.element))
-        self._accumulate(sets, rows, parts, terms)
-        for more in sets[1:]:
-            sets[0].fill(lambda i, p, more=more: sets[0].get(i, p) + more.get(i, p))
-        stage.choose(stage.last, finished, unfinished)
-
-    def store_sums(
-        self, get: Callable[[int, int], Any], first_row: Any, rows: int, parts: tuple[Part, ...], out: Any
-    ) -> None:
-        """Finish and store the sums of some rows. `get(i, p)`: of row i of straight part p, of pixel i of a turned one."""
-        y = self.buffers["y"]
-        other = self.buffers["residual"] if self.residual != "none" else None
-
-        def where(r: int, at: int) -> Any:
-            return out + (first_row + r) * self.tiling.pixels + at
-
-        def finish(totals: list[Any], places: list[Any], of_rows: list[int], lanes: int) -> Any:
-            others = [None if other is None else emit.load(other, at, lanes) for at in places]
-            return self.finished(totals, others, [first_row + r for r in of_rows], lanes)
-
-        def several(some: list[tuple[int, int]], lanes: int) -> None:
-            """Rows and parts of some vectors: those of one row lie one behind the other."""
-            places = [where(r, parts[p].at) for r, p in some]
-            value = finish([get(r, p) for r, p in some], places, [r for r, _ in some], lanes)
-            done = 0
-            for row, run in itertools.groupby(some, lambda pair: pair[0]):
-                run_parts = [parts[p] for _, p in run]
-                valid = sum(part.valid for part in run_parts)
-                width = lanes * len(run_parts)
-                emit.store(y, where(row, run_parts[0].at), value, width, valid, done)
-                done += width
-
-        straight = [(r, p) for r in range(rows) for p, part in enumerate(parts) if not part.turned]
-        for lanes in sorted({parts[p].lanes for _, p in straight}, reverse=True):
-            same = [(r, p) for r, p in straight if parts[p].lanes == lanes]
-            step = self.together(lanes)
-            for i in range(0, len(same), step):
-                several(same[i : i + step], lanes)
-        for p, part in enumerate(parts):
-            for i in range(part.valid if part.turned else 0):
-                total = get(i, p)
-                together = self.finished_rows(total, first_row, rows)
-                for r in range(rows):
-                    if together is None:
-                        value = finish([T.Shuffle([total], [r])], [where(r, part.at + i)], [r], 1)
-                    else:
-                        value = together[r]
-                    emit.store(y, where(r, part.at + i), value, 1)
-
-    def _accumulate(self, sets: list[emit.Accumulators], rows: int, parts: tuple[Part, ...], terms: Terms) -> None:
-        """The multiply-adds of one group; neighbouring columns go to different sets of accumulators."""
-        packed, width = self.packed, self.tiling.width
-        values, panel = self.buffers["values"], self.buffers["scratch"]
-
-        def columns(panel_at: list[Any], weights_at: Any) -> None:
-            """Columns whose values lie one behind the other."""
-            weight = emit.Scalars(values, weights_at, len(panel_at) * packed.rows, self.machine.lane_fma)
-            straight = [(p, part) for p, part in enumerate(parts) if not part.turned]
-            for c, start in enumerate(panel_at):
-                acc = sets[c % len(sets)]
-
-                def product(r: int, p: int, factor: Any, activations: Any, acc: emit.Accumulators = acc) -> None:
-                    acc.set(r, p, self.multiply_add(acc.get(r, p), factor, activations))
-
-                # Whichever are fewer stay in registers: activations, or weights (Arm holds four in one).
-                if rows > len(straight) and not self.machine.lane_fma:
-                    loaded = [T.bind(emit.load(panel, start + part.at, part.lanes)) for _, part in straight]
-                    for r in range(rows):
-                        for (p, part), activations in zip(straight, loaded, strict=True):
-                            product(r, p, weight(c * packed.rows + r, part.lanes), activations)
-                else:
-                    for p, part in straight:
-                        activations = emit.load(panel, start + part.at, part.lanes)
-                        for r in range(rows):
-                            product(r, p, weight(c * packed.rows + r, part.lanes), activations)
-                for p, part in enumerate(parts):
-                    if part.turned:
-                        factors = T.bind(emit.load(values, weights_at + c * packed.rows, part.lanes))
-                        for i in range(part.valid):
-                            product(i, p, factors, emit.splat(panel[start + part.at + i], part.lanes))
-
-        def blocks(first: Any, size: int) -> None:
-            """Stored blocks (columns of dense weights) first .. first + size of the group."""
-            weights_at = terms.values + first * (packed.rows * packed.columns)
-            if not self.machine.lane_fma:
-                emit.prefetch(values, weights_at + AHEAD)
-            if not packed.sparse:
-                columns([(terms.start + first + u) * width for u in range(size)], weights_at)
-                return
-            index = self.buffers["index"]
-            starts = [T.bind(T.cast(index[terms.start + first + u], "int32") * width) for u in range(size)]
-            columns([start + c * width for start in starts for c in range(packed.columns)], weights_at)
-
-        unroll = max(self.unroll, -(-len(sets) // packed.columns))
-        emit.in_chains(
-            sets[0], terms.count, self.limit,
-            lambda first, count: emit.in_rounds(count, unroll, lambda at, size: blocks(first + at, size)),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What one group adds in one pass: `count` blocks from number `start`, their values from `values` on.
-
-    Of dense weights: columns, from panel row `start`.
-    """
-
-    start: Any
-    count: Any
-    values: Any
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Whether a pass is the first and the last; expressions where there are several passes."""
-
-    first: Any
-    last: Any
-
-    @staticmethod
-    def choose(condition: Any, yes: Callable[[], None], no: Callable[[], None]) -> None:
-        """Emit `yes` or `no`, or a branch between them."""
-        if isinstance(condition, bool):
-            (yes if condition else no)()
-            return
-        with T.If(condition):
-            with T.Then():
-                yes()
-            with T.Else():
-                no()
-
-
-def _copies(part: Part) -> list[tuple[int, int]]:
-    """(pixel, lanes) of the copies that fill a part of a panel row."""
-    if not part.turned:
-        return [(part.at, part.lanes)]
-    found, done = [], 0
-    while done < part.valid:
-        lanes = 1 << ((part.valid - done).bit_length() - 1)
-        found.append((part.at + done, lanes))
-        done += lanes
-    return found
-
-
-class _Copies:
-    """What fills the rows of a panel, by tile: copies of 16, 8, 4, 2 or 1 pixels, none of which writes a pixel too many.
-
-    A run of pixels of one image row is copied in vectors, the last of which overlaps the one before; a run shorter than
-    a vector by two copies of half its size or more. `lanes`: sizes that occur. `table`: [tiles * sizes + 1] numbers of
-    the first copy, then (panel offset, offset in the phase plane) of each copy.
-    """
-
-    def __init__(self, geometry: Geometry, tiling: Tiling) -> None:
-        width, columns = geometry.y_shape[3], geometry.phase_shape[2]
-        tiles: list[list[tuple[int, int, int]]] = []  # (lanes, panel offset, plane offset)
-        for tile in range(tiling.count):
-            start, stop = tile * tiling.width, min((tile + 1) * tiling.width, tiling.pixels)
-            found, pixel = [], start
-            while pixel < stop:
-                row, column = divmod(pixel, width)
-                run = min(width - column, stop - pixel)
-                lanes = min(COPY, 1 << (run.bit_length() - 1))
-                steps = {*range(0, run - lanes + 1, lanes), run - lanes}
-                found += [(lanes, pixel - start + step, row * columns + column + step) for step in sorted(steps)]
-                pixel += run
-            tiles.append(found)
-        self.lanes = sorted({lanes for found in tiles for lanes, _, _ in found}, reverse=True)
-        groups = [[pair for size, *pair in found if size == lanes] for found in tiles for lanes in self.lanes]
-        numbers = np.cumsum([0, *(len(group) for group in groups)])
-        pairs = [offset for group in groups for pair in group for offset in pair]
-        self.pointers = numbers.size
-        self.table = np.concatenate([numbers, pairs]).astype(np.int32)

@@ -25,8 +25,8 @@ from sparsec.kernels import bytes as vectors
 from sparsec.kernels import emit, quantized
 from sparsec.kernels.base import Format, KernelCall, Machine
 from sparsec.kernels.conv.geometry import Geometry, Tiling
+from sparsec.kernels.conv.groups import Stage, Terms
 from sparsec.kernels.conv.int8 import Quantized
-from sparsec.kernels.conv.kernel import Stage, Terms
 from sparsec.kernels.conv.prepare import prepare
 from sparsec.kernels.conv.stored import Packed, as_matrix
 from sparsec.kernels.parts import Part
