@@ -14,6 +14,7 @@ an element. It may read SLACK bytes behind what it is given and writes only its 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,12 +44,29 @@ class Arg:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """How a kernel runs on a CUDA device: blocks, and threads of a block, along x, y, z."""
+
+    grid: tuple[int, ...] = (1, 1, 1)
+    block: tuple[int, ...] = (1, 1, 1)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the grid."""
+        return math.prod(self.grid)
+
+
+@dataclass(frozen=True)
 class Kernel:
-    """One piece of code. `func` is a `tvm.tirx.PrimFunc` whose parameters are buffers, then `begin` and `end` (int32)."""
+    """One piece of code. `func` is a `tvm.tirx.PrimFunc` whose parameters are buffers, then `begin` and `end` (int32).
+
+    With a `launch` it runs on a CUDA device: its parameters are buffers only, and it binds its threads itself.
+    """
 
     name: str  # C identifier, unique in the program, a pure function of what the kernel computes
     func: Any = field(repr=False)
     text: str = field(default="", repr=False)  # what it computes, one line
+    launch: Launch | None = None
 
 
 @dataclass(frozen=True)

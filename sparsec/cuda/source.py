@@ -1,0 +1,133 @@
+"""PrimFuncs that bind threads to CUDA C: the one module that touches TVM's CUDA back end.
+
+As for CPUs (`sparsec.codegen`) kernels become plain functions over pointers:
+
+    extern "C" __global__ void NAME(T0 *a0, T1 *a1, ...)
+
+whose launch is static and read off the function (`launch_of`). TVM's own prelude, which wants headers of a CUDA toolkit,
+is replaced by `PRELUDE` and `kernels/cuda/device.h`.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+import tvm
+import tvm_ffi
+from tvm import ir, s_tir, tirx
+from tvm.ir import PointerType, PrimType
+
+from sparsec.errors import BuildError
+from sparsec.program import Kernel, Launch
+
+PRELUDE = """\
+#include <cuda_fp16.h>
+typedef signed char int8_t;
+typedef unsigned char uint8_t;
+typedef short int16_t;
+typedef unsigned short uint16_t;
+typedef int int32_t;
+typedef unsigned int uint32_t;
+typedef long long int64_t;
+typedef unsigned long long uint64_t;
+typedef unsigned char uchar;
+typedef unsigned short ushort;
+typedef unsigned int uint;
+"""
+
+_AXES = ("blockIdx.x", "blockIdx.y", "blockIdx.z", "threadIdx.x", "threadIdx.y", "threadIdx.z")
+
+
+def launch_of(func: Any) -> Launch:
+    """Grid and block of a function that binds threads; axes it does not bind are 1."""
+    extents = dict.fromkeys(_AXES, 1)
+
+    def visit(node: Any) -> None:
+        if isinstance(node, tirx.AttrStmt) and node.attr_key == "thread_extent":
+            tag = str(node.node.thread_tag)
+        elif isinstance(node, tirx.For) and node.thread_binding is not None:
+            tag = str(node.thread_binding.thread_tag)
+        else:
+            return
+        extent = node.value if isinstance(node, tirx.AttrStmt) else node.extent
+        if tag in extents:
+            extents[tag] = max(extents[tag], int(extent))
+
+    tvm_ffi.structural_walk(func.body, ((tirx.AttrStmt, tirx.For), visit))
+    sizes = tuple(extents.values())
+    return Launch(sizes[:3], sizes[3:])
+
+
+def _passes(target: Any) -> list[Any]:
+    """TVM's own phases from scheduled TIR to flat code of one thread, in order."""
+    return [
+        tirx.transform.BindTarget(target),
+        s_tir.transform.LowerInitBlock(),
+        s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
+        s_tir.transform.ConvertBlocksToOpaque(),
+        s_tir.transform.CompactBufferAllocation(),
+        s_tir.transform.LowerMatchBuffer(),
+        s_tir.transform.StmtSimplify(),
+        s_tir.transform.UnifyThreadBinding(),
+        s_tir.transform.LowerOpaqueBlock(),
+        tirx.transform.FlattenBuffer(),
+        tirx.transform.NarrowDataType(32),
+        tirx.transform.VectorizeLoop(True),
+        s_tir.transform.InjectVirtualThread(),
+        tirx.transform.StorageRewrite(),
+        tirx.transform.UnrollLoop(),
+        s_tir.transform.RenormalizeSplitPattern(),
+        tirx.transform.StmtSimplify(),
+        s_tir.transform.RewriteUnsafeSelect(),
+        tirx.transform.CommonSubexprElim(),
+        s_tir.transform.ThreadSync("shared"),
+        s_tir.transform.ThreadSync("warp"),
+        s_tir.transform.LowerThreadAllreduce(),
+        tirx.transform.LowerWarpMemory(),
+    ]
+
+
+def _device(func: Any, name: str, target: Any, launch: Launch) -> Any:
+    """`func` over pointers, marked as a kernel."""
+    pointers, declarations = [], []
+    for param in func.params:
+        if not tirx.is_buffer_var(param):
+            raise BuildError(f"a kernel for CUDA takes buffers only, got {param.name!r}", name)
+        pointer = tirx.Var(param.name, PointerType(PrimType(str(param.dtype)), "global"))
+        pointers.append(pointer)
+        declarations.append(tirx.DeclBuffer(param, data=pointer))
+    plain = tirx.PrimFunc(pointers, tirx.SeqStmt([*declarations, func.body]), func.ret_type, func.attrs)
+    bound = [axis for axis, extent in zip(_AXES, (*launch.grid, *launch.block), strict=True) if extent > 1]
+    return plain.with_attrs({
+        "global_symbol": name, "calling_conv": 2, "target": target, "tirx.is_global_func": True,
+        "tirx.kernel_launch_params": bound, "tirx.noalias": True,
+    })  # fmt: skip
+
+
+def cuda_source(kernels: tuple[Kernel, ...], arch: str) -> str:
+    """One CUDA C translation unit with every kernel. Raises BuildError."""
+    target = tvm.target.Target({"kind": "cuda", "arch": arch})
+    try:
+        functions = {kernel.name: kernel.func.with_attrs({"global_symbol": kernel.name}) for kernel in kernels}
+        bound = target.with_host(tvm.target.Target("llvm"))
+        module = ir.transform.Sequential(_passes(bound))(tvm.IRModule(functions))
+        launches = {kernel.name: launch_of(kernel.func) for kernel in kernels}
+        plain = {
+            var.name_hint: _device(func, var.name_hint, target, launches[var.name_hint])
+            for var, func in module.functions.items()
+        }
+        module = tirx.transform.LowerIntrin()(tvm.IRModule(plain))
+        text = str(tvm.get_global_func("target.build.cuda")(module, target).inspect_source())
+    except (tvm.error.InternalError, RuntimeError, ValueError, TypeError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise BuildError(
+            f"TVM could not build {len(kernels)} kernels: {lines[-1].strip() if lines else error}", arch
+        ) from error
+    body = text[text.index('extern "C"') :] if 'extern "C"' in text else ""
+    return f"{PRELUDE}\n{device_header()}\n{body}"
+
+
+def device_header() -> str:
+    """`kernels/cuda/device.h`."""
+    return resources.files("sparsec.kernels.cuda").joinpath("device.h").read_text(encoding="utf-8")

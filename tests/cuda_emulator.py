@@ -1,0 +1,114 @@
+"""Runs CUDA kernels on a CPU: the CUDA C that would go to NVRTC, compiled as C++ with `cuda/emulate.h` in place of CUDA.
+
+What is tested is therefore the text that the device compiler gets, but not the device compiler. Memory is guarded as in
+`harness`; threads run in ascending and in descending order, and both must agree bit by bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import Room
+
+from sparsec.cuda.source import PRELUDE, cuda_source, device_header, launch_of
+from sparsec.program import Kernel, Launch
+
+HEADER = Path(__file__).with_name("cuda") / "emulate.h"
+_SIGNATURE = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(([^)]*)\) \{')
+
+
+def emulation_source(source: str) -> str:
+    """CUDA C as `cuda_source` makes it -> C++ with one `emulated_NAME(pointers, grid, block, order)` a kernel."""
+    body = source.removeprefix(PRELUDE).replace(device_header(), "", 1)
+    runs = []
+    for name, parameters in _SIGNATURE.findall(body):
+        types = [
+            re.sub(r"\s*\w+$", "", p.replace("__restrict__", "").strip()) for p in parameters.split(",") if p.strip()
+        ]
+        arguments = ", ".join(f"({kind})a[{i}]" for i, kind in enumerate(types))
+        runs.append(
+            f'extern "C" __attribute__((visibility("default"))) void emulated_{name}(void **pointers, dim3 grid, '
+            f"dim3 block, int order) {{\n    emulate(grid, block, order, [](void *data) {{ void **a = (void **)data; "
+            f"(void)a; {name}({arguments}); }}, pointers);\n}}\n"
+        )
+    return f'#include "{HEADER}"\n{body}\n{"".join(runs)}'
+
+
+def build_emulation(source: str, folder: Path) -> Path:
+    """A shared library of `emulation_source(source)`."""
+    (folder / "kernels.cpp").write_text(emulation_source(source), encoding="utf-8")
+    flags = [
+        "-O1",
+        "-std=c++17",
+        "-fPIC",
+        "-shared",
+        "-w",
+        "-fno-exceptions",
+        "-fno-rtti",
+        "-ffp-contract=fast",
+        "-mfma",
+        "-mf16c",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "ziglang",
+        "cc",
+        "-nostdinc++",
+        *flags,
+        "-fno-sanitize=all",
+        "kernels.cpp",
+        "-o",
+        "kernels.so",
+        "-lm",
+    ]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "kernels.so"
+
+
+class Dim3(ctypes.Structure):
+    """CUDA's dim3."""
+
+    _fields_ = [("x", ctypes.c_uint), ("y", ctypes.c_uint), ("z", ctypes.c_uint)]
+
+
+class EmulatedLibrary:
+    """Kernels as a library that emulates them."""
+
+    def __init__(self, kernels: Sequence[Kernel], arch: str = "sm_90") -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self.source = cuda_source(tuple(kernels), arch)
+            self._library = ctypes.CDLL(str(build_emulation(self.source, Path(folder))))
+
+    def run(self, name: str, pointers: Sequence[int], launch: Launch, order: int = 0) -> None:
+        """Run kernel `name` on addresses. order 0: threads and blocks ascending, 1: descending."""
+        array = (ctypes.c_void_p * max(1, len(pointers)))(*pointers)
+        function = self._library[f"emulated_{name}"]
+        function.restype = None
+        function.argtypes = [ctypes.c_void_p, Dim3, Dim3, ctypes.c_int]
+        function(array, Dim3(*launch.grid), Dim3(*launch.block), order)
+
+
+def run_cuda(func: Any, arrays: Sequence[np.ndarray], arch: str = "sm_90") -> list[np.ndarray]:
+    """Copies of `arrays` (one per buffer parameter, outputs included, these filled with garbage) after `func` ran."""
+    launch = launch_of(func)
+    library = EmulatedLibrary([Kernel("kernel_under_test", func, "", launch)], arch)
+    results = []
+    for order in (0, 1):
+        rooms = [Room(array) for array in arrays]
+        library.run("kernel_under_test", [room.array.ctypes.data for room in rooms], launch, order)
+        for i, room in enumerate(rooms):
+            room.check(f"argument {i}")
+        results.append([room.array for room in rooms])
+    for i, (up, down) in enumerate(zip(*results, strict=True)):
+        assert up.tobytes() == down.tobytes(), f"argument {i} depends on the order of threads: a barrier is missing"
+    return results[0]
