@@ -157,7 +157,7 @@ def bind(
 
     func = emit.function(arguments, body)
     longest = int(np.diff(packed.pointers).max()) * packed.columns
-    facts = (m, n, k, packed.blocks, machine.chain(longest), packed.rows, packed.columns, activation, residual, machine)
+    facts = (m, n, k, packed.blocks, longest, packed.rows, packed.columns, activation, residual, machine)
     name = unique(machine.named(form.name), *facts)
     text = (
         f"{m}x{k} times {k}x{n}, {form.format} blocks, {packed.blocks} stored, {activation.name}, residual {residual}"
@@ -194,8 +194,7 @@ class _Layer:
         parts = parts_of(rows, self.machine.lanes)
         acc = [emit.registers(CHAINS, part.lanes, self.machine.element) for part in parts]
         for p, part in enumerate(parts):
-            T.buffer_store(acc[p], emit.load(self.buffers["bias"], g * rows + part.at, part.lanes), [0])
-            for chain in range(1, CHAINS):
+            for chain in range(CHAINS):
                 T.buffer_store(acc[p], emit.constant(0, part.lanes, self.machine.element), [chain])
         low = T.bind(self.buffers["tables"][g])
         count = T.bind(self.buffers["tables"][g + 1] - low)
@@ -216,7 +215,8 @@ class _Layer:
             live = min(part.lanes, valid - part.at)
             if live <= 0:
                 continue
-            total = (acc[p][0] + acc[p][1]) + (acc[p][2] + acc[p][3])
+            bias = emit.load(self.buffers["bias"], g * rows + part.at, part.lanes)
+            total = (acc[p][0] + acc[p][1]) + (acc[p][2] + acc[p][3]) + bias
             at = row * n + g * rows + part.at
             other = emit.load(self.buffers["residual"], at, part.lanes) if self.residual != "none" else None
             emit.store(self.buffers["y"], at, finish(total, self.activation, self.residual, other), part.lanes, live)
@@ -226,9 +226,13 @@ class _Layer:
         rows, width = self.packed.rows, self.packed.columns
         values, panel = self.buffers["values"], self.buffers["scratch"]
         acc = emit.Accumulators([rows] * len(parts), [part.lanes for part in parts], self.machine.element)
-        for p, part in enumerate(parts):
-            for r in range(rows):
-                acc.set(r, p, emit.splat(self.buffers["bias"][g * rows + r], part.lanes))
+        longest = int(np.diff(self.packed.pointers).max()) * width
+        late = self.machine.bias_last(longest)
+
+        def bias_of(r: int, p: int) -> Any:
+            return emit.splat(self.buffers["bias"][g * rows + r], parts[p].lanes)
+
+        acc.fill(lambda r, p: emit.constant(0, parts[p].lanes, self.machine.element) if late else bias_of(r, p))
         low = T.bind(self.buffers["tables"][g])
         count = T.bind(self.buffers["tables"][g + 1] - low)
 
@@ -243,11 +247,12 @@ class _Layer:
                     for p, part in enumerate(parts):
                         acc.set(r, p, acc.get(r, p) + weight(r, part.lanes) * loaded[p])
 
-        longest = int(np.diff(self.packed.pointers).max()) * width
         emit.in_chains(
             acc, count, self.machine.chain(longest) // width,
             lambda first, some: emit.in_rounds(some, 1, lambda at, size: one(first + at, size)),
         )  # fmt: skip
+        if late:
+            acc.fill(lambda r, p: acc.get(r, p) + bias_of(r, p))
         for p, part in enumerate(parts):
             done = [acc.get(r, p) for r in range(rows)]
             if self.residual == "none":  # full vectors of rows; a residual lies the other way round

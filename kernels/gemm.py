@@ -232,6 +232,7 @@ def bind(
     n, k = w.shape
     tiling = tiling or choose_tiling(machine, m, k, n)[0]
     packed = machine.array(pack(w, bias, tiling))
+    late = bias is not None and machine.bias_last(k)
     row_blocks = -(-m // tiling.rows)
     blocks = blocks_of(n, tiling)
     column_blocks = sum(count for _, count in blocks)
@@ -245,15 +246,21 @@ def bind(
             base = T.bind(column_block * ((k + 1) * tiling.width))
             out = T.bind(row * n + column_block * tiling.width)
 
+            def bias_of(part: Part) -> Any:
+                return emit.load(weights, base + part.at, part.lanes)
+
             def done(r: int, part: Part, value: Any) -> None:
                 at = out + r * n + part.at
                 other = emit.load(buffers[2], at, part.lanes) if residual != "none" else None
-                emit.store(y, at, finish(value, activation, residual, other), part.lanes, part.valid)
+                total = value + bias_of(part) if late else value
+                emit.store(y, at, finish(total, activation, residual, other), part.lanes, part.valid)
+
+            def start(part: Part) -> Any:
+                return emit.constant(0, part.lanes, machine.element) if late else bias_of(part)
 
             register_tile(
                 machine, rows, parts, k, x, lambda r: (row + r) * k,
-                lambda kk, part: emit.load(weights, base + (kk + 1) * width + part.at, part.lanes),
-                lambda part: emit.load(weights, base + part.at, part.lanes), done,
+                lambda kk, part: emit.load(weights, base + (kk + 1) * width + part.at, part.lanes), start, done,
             )  # fmt: skip
 
         with T.serial(begin, end) as t:
@@ -273,7 +280,15 @@ def bind(
     roles = ("x", "y", "residual", "weights") if residual != "none" else ("x", "y", "weights")
     func = emit.function([(role, sizes[role], machine.element) for role in roles], body)
     name = unique(
-        machine.named(f"gemm_f32_dense_{tiling.rows}x{tiling.width}"), m, k, n, tiling, activation, residual, machine
+        machine.named(f"gemm_f32_dense_{tiling.rows}x{tiling.width}"),
+        m,
+        k,
+        n,
+        late,
+        tiling,
+        activation,
+        residual,
+        machine,
     )
     text = f"{m}x{k} times {k}x{n}, tiles {tiling.rows}x{tiling.width}, {activation.name}, residual {residual}"
     return KernelCall(name, func, roles, {"weights": packed}, row_blocks * column_blocks, 0, text)
