@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import random
+import resource
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
-from fuzz.targets import TARGETS
+from fuzz.targets import TARGETS, FuzzFailure
+
+HANGS = 30.0  # seconds of processor time for one input
+MEMORY = 4 << 30  # bytes of address space
 
 
 def fuzz(name: str, runs: int, seconds: float, seed: int, keep: Path | None = None) -> Counter[str]:
@@ -31,7 +36,10 @@ def fuzz(name: str, runs: int, seconds: float, seed: int, keep: Path | None = No
     while counts["executions"] < runs and time.monotonic() < end:
         data = target.mutate(rng.choice(corpus), rng, seeds)
         try:
+            began = _processor()
             target.run(data)
+            if _processor() - began > HANGS:
+                raise FuzzFailure(f"{_processor() - began:.0f} seconds of processor time")
         except BaseException:
             if keep is not None:
                 keep.mkdir(parents=True, exist_ok=True)
@@ -45,7 +53,13 @@ def fuzz(name: str, runs: int, seconds: float, seed: int, keep: Path | None = No
     return counts
 
 
-def with_atheris(name: str, arguments: list[str]) -> None:
+def _processor() -> float:
+    """Seconds of this process and those that it waited for."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
+def with_atheris(name: str, arguments: list[str], keep: Path) -> None:
     """Hand a target to libFuzzer; does not return."""
     import atheris
 
@@ -66,6 +80,7 @@ def with_atheris(name: str, arguments: list[str]) -> None:
     def custom(data: bytes, size: int, seed: int) -> bytes:
         return target.mutate(data, random.Random(seed), seeds)[:size]
 
+    arguments = [f"-timeout={HANGS:.0f}", f"-artifact_prefix={keep}/{name}-", "-print_final_stats=1", *arguments]
     atheris.Setup([sys.argv[0], *arguments, str(corpus)], target.run, custom_mutator=custom)
     atheris.Fuzz()
 
@@ -81,7 +96,10 @@ def main() -> None:
     given, rest = parser.parse_known_args()
     names = given.target or list(TARGETS)
     if given.atheris:
-        with_atheris(names[0], [f"-max_total_time={int(given.seconds)}", *[a for a in rest if a != "--"]])
+        more = [f"-max_total_time={int(given.seconds)}", f"-seed={given.seed}", *[a for a in rest if a != "--"]]
+        given.keep.mkdir(parents=True, exist_ok=True)
+        with_atheris(names[0], more, given.keep)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for name in names:
         start, used = time.monotonic(), time.process_time()
         counts = fuzz(name, given.runs, given.seconds, given.seed, given.keep)

@@ -143,7 +143,7 @@ def _models() -> list[bytes]:
 
 
 def _recipe(data: bytes) -> None:
-    from sparsec.passes_api import resolve_passes
+    from sparsec.pass_specs import resolve_passes
     from sparsec.recipe import load_recipe
 
     with file_of(data, "r.yaml") as path, one_line():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+_LONG = re.compile(r"\S{401,}")  # names come from files of strangers, and may be as long as these
 
 
 class SparsecError(Exception):
@@ -15,6 +18,7 @@ class SparsecError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, where: str = "") -> None:
+        message, where = _readable(message), _readable(where)
         super().__init__(message)
         self.message = message
         self.where = where
@@ -26,6 +30,11 @@ class SparsecError(Exception):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}" if self.where else self.message
+
+
+def _readable(text: str) -> str:
+    """`text` with words of more than 400 characters shortened to their ends."""
+    return _LONG.sub(lambda word: f"{word[0][:200]}...{word[0][-100:]}", text)
 
 
 class UsageError(SparsecError):

@@ -52,7 +52,7 @@ def fuzz(seconds: int, seed: int = 1) -> str:
         )
         log = f"log_path={folder / 'report'}"
         environment = {
-            "ASAN_OPTIONS": f"{log}:detect_leaks=1",
+            "ASAN_OPTIONS": f"{log}:detect_leaks=1:max_allocation_size_mb=512:hard_rss_limit_mb=2048",
             "UBSAN_OPTIONS": f"{log}:print_stacktrace=1",
             "PATH": "/usr/bin:/bin",
         }
