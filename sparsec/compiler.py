@@ -32,8 +32,8 @@ from sparsec.limits import DEFAULT, Limits
 from sparsec.loading import model_bytes
 from sparsec.lowering import lower
 from sparsec.lowering.predict import layer_price
+from sparsec.pass_specs import resolve_passes
 from sparsec.passes.quantized_ports import QuantizedPorts, port_quantization
-from sparsec.passes_api import resolve_passes
 from sparsec.pipeline import run_passes
 from sparsec.preflight import preflight
 from sparsec.program import Program

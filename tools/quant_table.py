@@ -181,7 +181,8 @@ def build(cell: Cell, folder: Path) -> dict[str, Any]:
 def followed(pruned: Any, original: Any, passes: list[str], data: Any) -> Any:
     """`passes` on a model that was pruned before, as in one run after `original`."""
     from sparsec.loading import model_bytes
-    from sparsec.passes_api import Context, parse_spec
+    from sparsec.pass_specs import parse_spec
+    from sparsec.passes_api import Context
 
     for spec in passes:
         step = parse_spec(spec)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsec import passes_api
+from sparsec import pass_specs
 from sparsec.passes import layers
 from sparsec.passes.fold_constants import quiet_session
 from sparsec.passes.layers import as_layer, block_sums, parse_block, spread_blocks, weighted_layers
@@ -96,7 +96,7 @@ def test_bad_block(text: str) -> None:
         parse_block(text)
 
 
-@pytest.mark.parametrize("module", [layers, passes_api])
+@pytest.mark.parametrize("module", [layers, pass_specs])
 def test_examples_in_docstrings(module) -> None:
     result = doctest.testmod(module)
     assert result.attempted > 0

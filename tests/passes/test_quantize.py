@@ -11,12 +11,13 @@ import pytest
 
 from sparsec.errors import DataError, RecipeError
 from sparsec.loading import load_model, model_bytes
+from sparsec.pass_specs import parse_spec
 from sparsec.passes.fold_constants import constant
 from sparsec.passes.layers import block_sums, weighted_layers
 from sparsec.passes.masks import Pattern, draw_masks
 from sparsec.passes.quant_fallback import Trial
 from sparsec.passes.quantize import Quantize
-from sparsec.passes_api import Context, Stacked, parse_spec
+from sparsec.passes_api import Context, Stacked
 from sparsec.pipeline import run_passes
 from tests.passes.conftest import save
 from tests.passes.quant_networks import (

@@ -17,10 +17,11 @@ from sparsec.lowering import lower
 from sparsec.lowering.predict import layer_price
 from sparsec.models.demo import demo
 from sparsec.models.demo_data import generate
+from sparsec.pass_specs import as_step
 from sparsec.passes.allocate import allocate
 from sparsec.passes.layers import select_layers
 from sparsec.passes.masks import Pattern, draw_masks, magnitude
-from sparsec.passes_api import Context, Pass, PassResult, as_step
+from sparsec.passes_api import Context, Pass, PassResult
 from sparsec.targets import find_target
 from tests.passes.conftest import parse
 

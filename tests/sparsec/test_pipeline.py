@@ -20,17 +20,11 @@ from onnxscript import rewriter
 from sparsec import __version__
 from sparsec.errors import CheckError, RecipeError, UsageError
 from sparsec.loading import load_model, model_bytes
+from sparsec.pass_options import option_values
+from sparsec.pass_registry import describe_passes, pass_registry
+from sparsec.pass_specs import parse_spec, resolve_passes
 from sparsec.passes import BUILT_IN, Prune
-from sparsec.passes_api import (
-    Context,
-    Pass,
-    PassResult,
-    describe_passes,
-    option_values,
-    parse_spec,
-    pass_registry,
-    resolve_passes,
-)
+from sparsec.passes_api import Context, Pass, PassResult
 from sparsec.pipeline import check_equal, relative_error, run_passes
 
 RNG = np.random.default_rng(5)
@@ -163,12 +157,13 @@ def test_passes_must_be_a_list() -> None:
     ],
 )
 def test_option_types(tmp_path: Path, given: dict, message: str) -> None:
-    from sparsec.passes_api import Registered, _build
+    from sparsec.pass_registry import Registered
+    from sparsec.pass_specs import build_step
 
     entry = Registered("negate", "test", "", lambda: Negate)
     with pytest.raises(RecipeError, match=message):
-        _build(entry, given, "test")
-    made = _build(entry, {"parts": "1+2", "wide": "yes", "limit": "0.5", "mode": "some"}, "test")
+        build_step(entry, given, "test")
+    made = build_step(entry, {"parts": "1+2", "wide": "yes", "limit": "0.5", "mode": "some"}, "test")
     assert made.run == Negate(parts=(1, 2), wide=True, limit=0.5, mode="some")
     assert made.options == {"parts": [1, 2], "mode": "some", "limit": 0.5, "wide": True}
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from sparsec.errors import RecipeError
+from sparsec.pass_specs import resolve_passes
 from sparsec.passes import FoldConstants, Prune
-from sparsec.passes_api import resolve_passes
 from sparsec.recipe import RECIPE_BYTES, RECIPES, Recipe, load_recipe
 
 
