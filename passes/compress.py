@@ -49,7 +49,7 @@ from sparsec.passes.layers import WeightedLayer, select_layers, weighted_layers
 from sparsec.passes.masks import Pattern
 from sparsec.passes.quant_graph import plan
 from sparsec.passes.quantize import Quantize
-from sparsec.passes.rank_allocation import Ways, dense_costs, measure
+from sparsec.passes.rank_allocation import Ways, dense_costs, mean_bias, measure
 from sparsec.passes.replay import goal_of
 from sparsec.passes.statistics import gather, input_of
 from sparsec.passes.trial import fetch, pick_samples, reference_outputs
@@ -144,7 +144,6 @@ class Compress(Pass):
     ) -> dict[str, list[Choice]]:  # fmt: skip
         """Every choice of every layer, by name."""
         assert context.calibration is not None
-        stored = not self.latency
         methods = self.methods or (METHODS[:-1] if self.latency else METHODS)
         shaped = {layer.name for layer in select_layers(model, self.include, self.exclude).layers if not refusal(layer)}
         integer: set[str] = set()
@@ -157,7 +156,7 @@ class Compress(Pass):
         errors: dict[str, float] = {}
         means: dict[str, np.ndarray] = {}
         factorize = Factorize()
-        seen = [layer for layer in layers if input_of(layer).const_value is None and (dense[layer.name] or not stored)]
+        seen = [layer for layer in layers if input_of(layer).const_value is None and dense[layer.name]]
         for done, (layer, statistics) in enumerate(gather(model, seen, context.calibration)):
             context.tell(f"forms of {layer.name}", done, len(seen))
             forms = []
@@ -165,7 +164,7 @@ class Compress(Pass):
                 patterns = [Pattern.parse(block) for block in self.blocks]
                 multiple, size = rank_multiple(layer.shape, context), int(np.count_nonzero(layer.read()))
                 forms = offer(layer.shape, size, methods, patterns, multiple)
-                if goal_of(layer).bias is not None:
+                if mean_bias(layer) is not None:
                     means[layer.name] = statistics.mean
             goal = factorize.objective(layer, statistics if layer.groups == 1 else None)
             found = float_ways(layer, forms, goal, context, bool(self.latency))

@@ -10,6 +10,9 @@ so a form is built for W* instead of W: reduced-rank regression. trust = 0 has W
 of the layers before. `trust` is asked of held-out batches, as for pruning. The bias takes up the mean: b' = E y - W' E x.
 Layers that keep their form get W* itself (`repair`).
 
+A weight that several nodes read (the steps of a recurrence) is built before, for the inputs that all of them have in the
+original: what the later ones read would depend on it.
+
 Until the walk is over a layer's factors are held as the dense weight that they compute, so both models have one graph.
 """
 
@@ -51,13 +54,19 @@ def walk(
     trust: float | None = None,
     rescale: bool = False,
     repair: bool = True,
+    ready: Mapping[str, Factors] | None = None,
 ) -> Iterator[Built]:
-    """Build the forms of the layers named in `forms`; write what they compute into the layers, in place."""
+    """Build the forms of the layers named in `forms`; write what they compute into the layers, in place. `ready`: factors
+    that are taken as they are, of weights that several nodes read."""
     context = Context.of(model)
     replay = Replay(ir.from_proto(ir.to_proto(model)), model, calibration)
     layers = list(weighted_layers(model))
     for done, layer in enumerate(layers):
         form = forms.get(layer.name)
+        if ready is not None and layer.name in ready:
+            layer.write(ready[layer.name].dense())
+            replay.changed(layer)
+            continue
         if form is None and not (repair and replay.differs(layer) and _repairable(layer)):
             continue
         context.tell(f"factorize {layer.name}", done, len(layers))

@@ -9,9 +9,9 @@
 
 Without calibration data weights alone are looked at: plain SVD, uniform ratio. `parameters`, `flops`, `latency` and `bytes` are
 the share of the whole model that stays, weights counted where they are not zero. Ranks are multiples of what fills a vector
-register of the target. With a target only layers whose parts are predicted to run faster are touched; the records say
-of every other layer why it stays. Never changed: shapes and names of inputs and outputs; layers that do not match,
-except by `repair`.
+register of the target. A weight that several nodes read alike is one layer. With a target only layers whose parts are
+predicted to run faster are touched; the records say of every other layer why it stays. Never changed: shapes and names of
+inputs and outputs; layers that do not match, except by `repair`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sparsec.errors import RecipeError
 from sparsec.passes.factor_forms import Menu
 from sparsec.passes.factor_walk import walk
 from sparsec.passes.factors import Factors, refusal, replace
-from sparsec.passes.layers import WEIGHTED, Selection, WeightedLayer, select_layers, weighted_layers
+from sparsec.passes.layers import WEIGHTED, Selection, WeightedLayer, readers, select_layers, weighted_layers
 from sparsec.passes.low_rank import LOW_RANK, Form, Svd
 from sparsec.passes.masks import Pattern
 from sparsec.passes.metric import Metric, Objective
@@ -39,13 +39,13 @@ from sparsec.passes.rank_allocation import (
     by_energy,
     dense_costs,
     look,
+    mean_bias,
     measure,
     uniform,
 )
 from sparsec.passes.reconstruct import RIDGE, damp
-from sparsec.passes.replay import goal_of
 from sparsec.passes.statistics import Statistics, gather
-from sparsec.passes_api import Context, Pass, PassResult
+from sparsec.passes_api import Context, Pass, PassResult, Samples
 
 DEFAULT_PARAMETERS = 0.7
 FEWEST = 4  # steps of rank that a layer should have to choose from, before ranks are multiples of a whole register
@@ -128,12 +128,16 @@ class Factorize(Pass):
             raise RecipeError(f"factorize: 0 of {len(found)} layers changed: {_first(reasons)}")
         before = {w.layer.name: w.dense for w in found}
         built, errors = self.build(model, ways, means, context, data)
+        done: set[ir.Node] = set()
         for layer in list(weighted_layers(model)):
             if layer.name in built:
+                alike = readers(layer)
+                done |= {reader.node for reader in alike}
                 replace(model, layer, built[layer.name])
                 record = _record(layer, ways[layer.name], built[layer.name], before[layer.name])
+                record |= {"readers": len(alike)} if len(alike) > 1 else {}
                 context.records.append(record | errors.get(layer.name, {}))
-            else:
+            elif layer.node not in done:
                 context.records.append({"layer": layer.name, "kept": reasons.get(layer.name, "is not matched")})
         return PassResult(model, True)
 
@@ -169,7 +173,7 @@ class Factorize(Pass):
             context.tell(f"forms of {layer.name}", done, len(layers))
             statistics = next(known)[1] if known is not None else None
             goal = self.objective(layer, statistics)
-            if statistics is not None and goal_of(layer).bias is not None:
+            if statistics is not None and mean_bias(layer) is not None:
                 means[layer.name] = statistics.mean
             power = goal.power or 1.0
 
@@ -184,7 +188,7 @@ class Factorize(Pass):
         """The layer alone, in the metric of its inputs."""
         if statistics is None:
             return Objective(layer.read())
-        centred = goal_of(layer).bias is not None
+        centred = mean_bias(layer) is not None
         return Objective(
             layer.read(), Metric(damp(statistics.covariance if centred else statistics.gram, self.ridge)[0])
         )
@@ -237,22 +241,36 @@ class Factorize(Pass):
         if data and self.sequential and context.calibration is not None:
             forms = {name: getattr(way.form, "fine", way.form) for name, way in ways.items() if way.form is not None}
             trust = None if self.trust == "auto" else self.trust
-            done = list(walk(model, forms, context.calibration, self.ridge, trust, self.rescale, self.repair))
-            errors = {b.layer.name: {"error": float(f"{b.error:.4g}"), "trust": b.trust} for b in done}
-            return {b.layer.name: b.factors for b in done if b.factors is not None}, errors
+            ready, lost = self._together(model, forms, context.calibration)
+            done = list(walk(model, forms, context.calibration, self.ridge, trust, self.rescale, self.repair, ready))
+            errors = {b.layer.name: {"error": float(f"{b.error:.4g}"), "trust": b.trust} for b in done} | lost
+            return ready | {b.layer.name: b.factors for b in done if b.factors is not None}, errors
         built = {}
         for layer in weighted_layers(model):
             way = ways.get(layer.name)
             if way is None or way.factors is None:
                 continue
             factors = way.factors.rounded(layer.read().dtype)
-            bias = goal_of(layer).bias
+            bias = mean_bias(layer)
             if layer.name in means and bias is not None and bias.const_value is not None:
                 shift = (layer.read() - factors.dense()).reshape(layer.shape[0], -1) @ means[layer.name]
                 old = bias.const_value.numpy()
                 bias.const_value = ir.tensor((old + shift.reshape(old.shape)).astype(old.dtype), name=bias.name)
             built[layer.name] = factors
         return built, {name: {"error": float(f"{ways[name].loss:.4g}")} for name in built}
+
+    def _together(
+        self, model: ir.Model, forms: Mapping[str, Form], calibration: Samples
+    ) -> tuple[dict[str, Factors], dict[str, dict[str, Any]]]:
+        """Factors of the weights that several nodes read, for what they all read, and what to say about them."""
+        shared = [layer for layer in weighted_layers(model) if layer.name in forms and len(readers(layer)) > 1]
+        ready, errors = {}, {}
+        for layer, statistics in gather(model, shared, calibration):
+            goal = self.objective(layer, statistics)
+            ready[layer.name] = forms[layer.name].build(goal).rounded(layer.read().dtype)
+            share = goal.loss(ready[layer.name]) / (goal.power or 1.0)
+            errors[layer.name] = {"error": float(f"{share:.4g}")}
+        return ready, errors
 
 
 def rank_multiple(shape: tuple[int, int, int, int], context: Context) -> int:

@@ -10,8 +10,9 @@ is wider than 1 along each kernel axis, so two of them compose to
 Each factor becomes a node of the layer's own kind: Conv, Gemm or MatMul. Stride, padding and dilation of an axis go to
 the factor that is wide along it (to the first, if none is), which leaves every sum over zeros of the padding as it was,
 because only the last node has a bias. Several chains are added; the first of them carries the bias. The last node writes
-the value that the layer wrote, so nothing else in the graph changes. A factor may hold zeros: permutations and diagonal
-blocks are zeros of a weight like others, which the lowering reads off it.
+the value that the layer wrote, so nothing else in the graph changes. Nodes that read one weight the same way (the steps of
+a recurrence) become chains that read the same factors. A factor may hold zeros: permutations and diagonal blocks are zeros
+of a weight like others, which the lowering reads off it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparsec.passes.initializers import add_initializer, free_name
-from sparsec.passes.layers import WeightedLayer, as_layer
+from sparsec.passes.layers import WeightedLayer, as_layer, readers
 from sparsec.passes.statistics import input_of
 
 Constant = Callable[[str, np.ndarray], ir.Value]  # name, array -> a value that holds it
@@ -64,12 +65,17 @@ def compose(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def refusal(layer: WeightedLayer) -> str:
-    """Why a layer cannot become a chain, "" if it can."""
-    node = layer.node
+    """Why a layer, and all that read its weight, cannot become chains, "" if they can."""
     if layer.groups != 1:
         return "are depthwise or grouped convolutions"
-    if len(layer.weight.uses()) != 1:
-        return "share their weight with another node"
+    alike = readers(layer)
+    if len(alike) != len(layer.weight.uses()):
+        return "share their weight with a node that reads it differently"
+    return next((reason for reader in alike if (reason := _refusal(reader))), "")
+
+
+def _refusal(layer: WeightedLayer) -> str:
+    node = layer.node
     if input_of(layer).const_value is not None:
         return "multiply a constant"
     if layer.op == "Conv" and len(layer.tensor.shape) > 4:
@@ -94,12 +100,35 @@ def _static(value: ir.Value) -> bool:
 
 
 def replace(model: ir.Model, layer: WeightedLayer, factors: Factors) -> list[ir.Node]:
-    """Put `factors` in the place of `layer`, its bias behind the last; the new nodes in order."""
-    graph, node = model.graph, layer.node
+    """Put `factors` in the place of `layer` and of all that read its weight, a bias behind the last; the new nodes in order.
+    Chains of one weight read the same factors."""
+    graph, old = model.graph, layer.weight
+    made: dict[str, ir.Value] = {}
+    taken = {n.name for n in graph}
+    nodes: list[ir.Node] = []
+    for reader in readers(layer):
+        stem = f"{reader.name}/"
+
+        def constant(name: str, array: np.ndarray, stem: str = stem) -> ir.Value:
+            part = name.removeprefix(stem)
+            if part not in made:
+                made[part] = add_initializer(graph, name, array)
+            return made[part]
+
+        nodes += _put(graph, reader, factors, constant, taken)
+    if not old.uses() and old.name in graph.initializers:
+        del graph.initializers[old.name]
+    return nodes
+
+
+def _put(
+    graph: ir.Graph, layer: WeightedLayer, factors: Factors, constant: Constant, taken: set[str | None]
+) -> list[ir.Node]:
+    """The nodes of `factors` in the place of the layer's own. `taken`: names of nodes."""
+    node = layer.node
     own = node.inputs[2] if layer.op != "MatMul" and len(node.inputs) > 2 else None
     y = node.outputs[0]
-    nodes = _nodes(layer, factors, input_of(layer), own, lambda name, array: add_initializer(graph, name, array))
-    taken = {n.name for n in graph}
+    nodes = _nodes(layer, factors, input_of(layer), own, constant)
     for made in nodes:
         name, count = made.name, 0
         while made.name in taken:
@@ -110,17 +139,13 @@ def replace(model: ir.Model, layer: WeightedLayer, factors: Factors) -> list[ir.
             value.name = free_name(graph, str(value.name))
         graph.insert_before(node, made)
     last, name = nodes[-1].outputs[0], y.name
-    users = list(y.uses())
-    for user, index in users:
+    for user, index in list(y.uses()):
         user.replace_input_with(index, last)
     for index, output in enumerate(graph.outputs):
         if output is y:
             graph.outputs[index] = last
-    old = layer.weight
     graph.remove(node, safe=True)
     y.name, last.name = None, name
-    if not old.uses() and old.name in graph.initializers:
-        del graph.initializers[old.name]
     return nodes
 
 

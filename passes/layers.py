@@ -99,6 +99,18 @@ class WeightedLayer:
         self.weight.const_value = ir.Tensor(self.stored(oihw), dtype=dtype, name=self.weight.name)
 
 
+def readers(layer: WeightedLayer) -> tuple[WeightedLayer, ...]:
+    """The layers that read the weight of `layer` the way it does, itself among them: the steps of a recurrence, say."""
+    found = [as_layer(use.node) for use in layer.weight.uses()]
+    return tuple(
+        other
+        for other in found
+        if isinstance(other, WeightedLayer)
+        and other.weight is layer.weight
+        and (other.op, other.orientation) == (layer.op, layer.orientation)
+    )
+
+
 def _dims(tensor: ir.TensorProtocol) -> tuple[int, ...]:
     return tuple(int(str(d)) for d in tensor.shape)
 

@@ -6,6 +6,8 @@ Layer l written as form f costs c_l(f), and stays as it is at c_l(dense). Budget
     latency      microseconds that the target's cost model predicts for the parts
     bytes        of the smallest stored form of each part, indices counted
 
+A weight that several nodes read is one layer: it is stored once, its multiply-adds and its time are those of all readers.
+
     uniform       every layer the form of least loss among those that cost at most e * c_l(dense) (its cheapest if there is
                   none), e the largest that holds the budget; what is left of it goes to the first layers
     energy        every layer the cheapest form that loses at most 1 - energy of its output's power
@@ -33,9 +35,10 @@ from sparsec.passes.factor_forms import stored_bytes, stored_int8_bytes
 from sparsec.passes.factors import Factors, layers_of
 from sparsec.passes.fidelity import Fidelity
 from sparsec.passes.knapsack import Level, knapsack
-from sparsec.passes.layers import WeightedLayer
+from sparsec.passes.layers import WeightedLayer, readers
 from sparsec.passes.low_rank import Form
 from sparsec.passes.replay import goal_of
+from sparsec.passes.statistics import input_of
 from sparsec.passes.trial import Part, fetch, in_parallel, pick_samples, reference_outputs
 from sparsec.passes_api import Context, Samples
 
@@ -70,12 +73,26 @@ class Ways:
 
 
 def parts_us(layer: WeightedLayer, factors: Factors, context: Context) -> float | None:
-    """Microseconds predicted for the parts together; None without a target."""
+    """Microseconds predicted for the parts together, of all readers; None without a target."""
     price = context.price
     if price is None:
         return None
-    dtype = layer.read().dtype
-    return float(sum(price(part, part.read()) for part in layers_of(layer, factors.rounded(dtype))))
+    rounded = factors.rounded(layer.read().dtype)
+    return _of_readers(
+        layer, lambda reader: float(sum(price(part, part.read()) for part in layers_of(reader, rounded)))
+    )
+
+
+def _of_readers(layer: WeightedLayer, cost: Callable[[WeightedLayer], float]) -> float:
+    """The sum of `cost` over all that read the layer's weight; readers of equal shapes cost the same."""
+    known: dict[tuple[str, str], float] = {}
+    total = 0.0
+    for reader in readers(layer):
+        key = str(input_of(reader).shape), str(reader.node.attributes)
+        if key not in known:
+            known[key] = cost(reader)
+        total += known[key]
+    return total
 
 
 def parts_cost(layer: WeightedLayer, factors: Factors, unit: str) -> float:
@@ -84,7 +101,7 @@ def parts_cost(layer: WeightedLayer, factors: Factors, unit: str) -> float:
         return float(factors.parameters)
     if unit in BYTES:
         return float(sum(BYTES[unit](f) for chain in factors.chains for _, f in chain))
-    return sum(layer_cost(part, part.read(), unit) for part in layers_of(layer, factors))
+    return _of_readers(layer, lambda reader: sum(layer_cost(p, p.read(), unit) for p in layers_of(reader, factors)))
 
 
 def dense_cost(layer: WeightedLayer, unit: str, context: Context) -> float:
@@ -93,17 +110,22 @@ def dense_cost(layer: WeightedLayer, unit: str, context: Context) -> float:
         return float(stored_int8_bytes(layer.read(), layer.depthwise))
     if unit in BYTES:
         return float(BYTES[unit](layer.read()))
-    return layer_cost(layer, layer.read(), "weights" if unit == "parameters" else unit, context.price)
+    if unit == "parameters":
+        return float(np.count_nonzero(layer.read()))
+    return _of_readers(layer, lambda reader: layer_cost(reader, reader.read(), unit, context.price))
 
 
 def dense_costs(layers: Iterable[WeightedLayer], unit: str, context: Context) -> dict[str, float]:
-    """What each layer costs as it is, by name. A weight that several read is stored once: the first of them has its cost."""
+    """What each layer costs as it is, by name. Of layers that read one weight alike the first has the cost of all, the others
+    none; of those that read it differently each has its own time, and the first the bytes."""
     found: dict[str, float] = {}
-    seen: set[ir.Value] = set()
+    stored: set[ir.Value] = set()
+    counted: set[ir.Node] = set()
     for layer in layers:
-        stored = unit not in ("flops", "latency") and layer.weight in seen
-        found[layer.name] = 0.0 if stored else dense_cost(layer, unit, context)
-        seen.add(layer.weight)
+        again = layer.node in counted or (unit not in ("flops", "latency") and layer.weight in stored)
+        found[layer.name] = 0.0 if again else dense_cost(layer, unit, context)
+        stored.add(layer.weight)
+        counted |= {reader.node for reader in readers(layer)}
     return found
 
 
@@ -114,7 +136,8 @@ def look(
     """Build `forms` of a layer and keep the nondominated; `build` gives factors and their loss as a share."""
     weight = layer.read()
     before = int(np.count_nonzero(weight))
-    us = None if context.price is None else context.price(layer, weight)
+    price = context.price
+    us = None if price is None else _of_readers(layer, lambda reader: price(reader, weight))
     dense = Way(0.0, 0, dense_cost(layer, unit, context), 0.0, parameters=before, us=us)
     found, slower, larger = [], 0, 0
     for form in forms:
@@ -211,11 +234,16 @@ def _with(way: Way, damage: float) -> Way:
     return Way(**{**vars(way), "damage": damage})
 
 
+def mean_bias(layer: WeightedLayer) -> ir.Value | None:
+    """The bias that takes up the mean of what a form loses. None where several nodes read the weight: their means differ."""
+    return goal_of(layer).bias if len(readers(layer)) == 1 else None
+
+
 def replaced(layer: WeightedLayer, factors: Factors, mean: np.ndarray | None) -> dict[str, np.ndarray]:
     """The layer's initializers when its weight is what `factors` compute, as stored; `mean` [K]: with the bias corrected."""
     weight = factors.dense()
     stored = {str(layer.weight.name): layer.stored(weight.astype(layer.read().dtype))}
-    bias = goal_of(layer).bias
+    bias = mean_bias(layer)
     if mean is not None and bias is not None and bias.const_value is not None:
         old = bias.const_value.numpy()
         shift = (layer.read() - weight).reshape(len(weight), -1) @ mean

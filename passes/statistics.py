@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparsec.errors import UnsupportedError
-from sparsec.passes.layers import WeightedLayer
+from sparsec.passes.layers import WeightedLayer, readers
 from sparsec.passes.segments import BATCH, Segment, batches, value_bytes
 from sparsec.passes_api import Context, Samples
 
@@ -173,7 +173,8 @@ def gather(
     budget: int = BUDGET,
     batch: int = BATCH,
 ) -> Iterator[tuple[WeightedLayer, Statistics]]:
-    """(layer, statistics of its input) in the order of `layers`; `calibration` is iterated once for each `budget`."""
+    """(layer, statistics of its input) in the order of `layers`; `calibration` is iterated once for each `budget`. Where
+    several nodes read a weight, the statistics are of what they all multiply with it."""
     context = Context.of(model)
     done = 0
     while done < len(layers):
@@ -184,13 +185,16 @@ def gather(
         ):
             chosen.append(layers[done + len(chosen)])
             used += moment_bytes(chosen[-1])
-        size = sum(value_bytes(input_of(layer)) or 0 for layer in chosen)
+        together = [readers(layer) for layer in chosen]
+        size = sum(value_bytes(input_of(reader)) or 0 for alike in together for reader in alike)
         at_once = max(1, min(batch, FETCHED // max(size, 1)))
         moments = [Moments.zeros(layer.groups, int(np.prod(layer.shape[1:]))) for layer in chosen]
-        names = [str(input_of(layer).name) for layer in chosen]
+        names = [str(input_of(reader).name) for alike in together for reader in alike]
         for values in Activations(model).stream(names, calibration, at_once):
-            for layer, name, sums in zip(chosen, names, moments, strict=True):
-                sums.add(columns(layer, values[name], thinning(layer, len(calibration))))
+            for alike, sums in zip(together, moments, strict=True):
+                for reader in alike:
+                    x = values[str(input_of(reader).name)]
+                    sums.add(columns(reader, x, thinning(reader, len(calibration) * len(alike))))
             context.tell(f"activations of {chosen[0].name}", done, len(layers))
         while chosen:
             layer, sums = chosen.pop(0), moments.pop(0)

@@ -440,8 +440,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if "SPARSEC_DATA" not in os.environ:
         sys.exit("SPARSEC_DATA names no folder of models and data")
-    stem = arguments.out.with_name(f"{arguments.out.name}-{arguments.kind}")
-    document = stem.with_suffix(".json")
+    document, page = (arguments.out.with_name(f"{arguments.out.name}-{arguments.kind}.{e}") for e in ("json", "md"))
     rows: list[dict[str, Any]] = json.loads(document.read_text()) if document.exists() else []
     shares = arguments.share or ([0.5] if arguments.kind == "bytes" else [0.7, 0.5])
     for name in arguments.model or MODELS.get(arguments.kind, ("kwt1", "squeezenet1.1", "resnet20", "nsnet2")):
@@ -460,7 +459,7 @@ def main() -> None:
         for row in found:
             rows.append(row)
             document.write_text(json.dumps(rows, indent=1) + "\n")
-            stem.with_suffix(".md").write_text(table(arguments.kind, rows))
+            page.write_text(table(arguments.kind, rows))
             print(json.dumps(row), file=sys.stderr, flush=True)
 
 

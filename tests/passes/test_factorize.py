@@ -17,6 +17,8 @@ from sparsec.passes.low_rank import Spatial, Svd, Tucker
 from sparsec.passes.metric import Objective
 from sparsec.passes.rank_allocation import SLOWER, Way, Ways, dense_costs, uniform
 from sparsec.passes.residual_sparse import LowRankPlusSparse
+from sparsec.passes.statistics import gather
+from sparsec.passes.trial import fetch
 from sparsec.passes_api import Context
 
 RNG = np.random.default_rng(7)
@@ -222,7 +224,49 @@ def test_a_weight_that_several_read_is_counted_once(model) -> None:
     )  # fmt: skip
     layers = list(weighted_layers(made))
     assert list(dense_costs(layers, "parameters", Context()).values()) == [144, 0, 0, 144]
-    assert list(dense_costs(layers, "flops", Context()).values()) == [3 * 144] * 4
+    assert list(dense_costs(layers, "flops", Context()).values()) == [3 * 3 * 144, 0, 0, 3 * 144]
+
+
+RECURRENT = """g (float[3,12] x, float[3,12] s) => (float[3,5] y) {
+    a = MatMul(x, w)  b = Add(a, s)  c = Tanh(b)
+    d = MatMul(c, w)  e = Add(d, x)  f = Tanh(e)
+    g1 = MatMul(f, w) h = Tanh(g1)   y = MatMul(h, v)
+}"""
+
+
+@pytest.mark.parametrize("options", [{"parameters": 0.8}, {"parameters": 0.8, "residual": "sparse"}, {"flops": 0.8}])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_the_steps_of_a_recurrence_share_their_factors(model, options: dict, sequential: bool) -> None:
+    made = model(RECURRENT, w=decaying(12, 12), v=f32(12, 5))
+    before = made.clone()
+    context = made.meta["sparsec"] = Context()
+    feeds = [{"x": f32(3, 12), "s": f32(3, 12)} for _ in range(30)]
+    context.calibration = feeds  # type: ignore[assignment]
+    Factorize(**options, multiple=1, sequential=sequential)(made)
+    onnx.checker.check_model(ir.to_proto(made), full_check=True)
+    (record,) = [r for r in context.records if "form" in r]
+    assert record["layer"] == "MatMul_0" and record["readers"] == 3
+    assert [r["layer"] for r in context.records if "kept" in r] == ["MatMul_8"]
+    parts = [found for found in weighted_layers(made) if found.name != "MatMul_8"]
+    assert len(parts) == 3 * len({id(found.weight) for found in parts}) and "w" not in made.graph.initializers
+    assert {found.name.partition("/")[0] for found in parts} == {"MatMul_0", "MatMul_3", "MatMul_6"}
+    first, second = (quiet_session(ir.to_proto(m).SerializeToString()) for m in (before, made))
+    outputs = [(first.run(None, x)[0], second.run(None, x)[0]) for x in feeds]
+    assert sum(np.square(b - a).sum() for a, b in outputs) < 1e-2 * sum(np.square(a).sum() for a, _ in outputs)
+    spent = sum(dense_costs(list(weighted_layers(made)), next(iter(options)), Context()).values())
+    whole = sum(dense_costs(list(weighted_layers(before)), next(iter(options)), Context()).values())
+    assert spent <= (options.get("parameters") or options["flops"]) * whole * (1 + 1e-9)
+
+
+def test_moments_of_a_weight_that_several_read_are_of_all_they_read(model) -> None:
+    made = model(RECURRENT, w=decaying(12, 12), v=f32(12, 5))
+    feeds = [{"x": f32(3, 12), "s": f32(3, 12)} for _ in range(5)]
+    first = next(weighted_layers(made))
+    ((_, found),) = gather(made, [first], feeds)  # type: ignore[arg-type]
+    values = fetch(made, ["x", "c", "f"], feeds)
+    rows = np.concatenate([v[name] for v in values for name in v]).astype(np.float64)
+    assert found.count == len(rows) == 3 * 3 * 5
+    np.testing.assert_allclose(found.gram, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-7)
 
 
 def test_allocation_by_damage_beats_uniform_at_the_same_budget(model) -> None:
@@ -335,11 +379,12 @@ def test_refusals(net, model) -> None:
 
 
 def test_what_is_never_matched(model) -> None:
-    shared = model(
-        "g (float[3,4] x) => (float[3,4] y) { a = MatMul(x, w) b = MatMul(a, w) y = MatMul(b, l) }",
-        w=f32(4, 4), l=f32(4, 4),
-    )  # fmt: skip
-    assert refusal(next(weighted_layers(shared))) == "share their weight with another node"
+    for other in ("MatMul(w, a)", "Add(a, w)"):
+        shared = model(
+            f"g (float[4,4] x) => (float[4,4] y) {{ a = MatMul(x, w) b = {other} y = MatMul(b, l) }}",
+            w=f32(4, 4), l=f32(4, 4),
+        )  # fmt: skip
+        assert refusal(next(weighted_layers(shared))) == "share their weight with a node that reads it differently"
     grouped = model("g (float[1,4,5,5] x) => (float[1,4,3,3] y) { y = Conv<group = 2>(x, w) }", w=f32(4, 2, 3, 3))
     assert refusal(next(weighted_layers(grouped))) == "are depthwise or grouped convolutions"
     scaled = model("g (float[3,4] x) => (float[3,5] y) { y = Gemm<alpha = 2.0>(x, w) }", w=f32(4, 5))
