@@ -19,11 +19,11 @@ from typing import ClassVar
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from sparsec.data import Quantization
 from sparsec.passes.fold_constants import remove_unused_initializers
 from sparsec.passes.normalize_qdq import MOVES, quantization, same
 from sparsec.passes.normalize_qdq import Quantization as Parameters
 from sparsec.passes_api import Context, Pass, PassResult
+from sparsec.ports import Quantization
 
 EIGHT = (ir.DataType.INT8, ir.DataType.UINT8)
 

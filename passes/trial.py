@@ -18,11 +18,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx import numpy_helper
 
-from sparsec.data import input_spec, load_data
+from sparsec.data import load_data
 from sparsec.errors import DataError
 from sparsec.passes.fidelity import Fidelity
 from sparsec.passes.layers import WeightedLayer
 from sparsec.passes.segments import FLOAT_ACTIVATIONS, processors
+from sparsec.ports import input_spec
 
 Arrays = Mapping[str, np.ndarray]
 Weights = Mapping[str, np.ndarray]  # initializer name -> array as stored

@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
-from sparsec.data import InputSpec
 from sparsec.errors import RuntimeUnavailable, UsageError
+from sparsec.ports import InputSpec
 from sparsec.targets import suggest
 
 Arrays = dict[str, np.ndarray]

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from sparsec.data import InputSpec
 from sparsec.errors import ArtifactError, CheckError, RuntimeUnavailable
+from sparsec.ports import InputSpec
 from sparsec.runtimes.base import Arrays, Compiled, Session, Stats
 
 BATCH_BYTES = 64 << 20  # of inputs in one start

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from sparsec.data import InputSpec
 from sparsec.errors import ArtifactError, RuntimeUnavailable
+from sparsec.ports import InputSpec
 from sparsec.runtimes.base import Arrays, Compiled, Runtime, Session, machine_arch
 
 _MAX_RANK = 8

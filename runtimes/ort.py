@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from sparsec.data import InputSpec
 from sparsec.errors import ModelError, RuntimeUnavailable
+from sparsec.ports import InputSpec
 from sparsec.runtimes.base import Arrays, Compiled, Runtime, Session
 
 _NUMPY = {"float": "float32", "double": "float64"}  # ONNX Runtime's words where they differ from NumPy's

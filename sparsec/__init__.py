@@ -20,15 +20,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sparsec.artifact import Artifact, load
     from sparsec.compiler import compile, rewrite
-    from sparsec.data import Images
     from sparsec.errors import SparsecError
+    from sparsec.images import Images
     from sparsec.passes_api import Pass, PassResult
     from sparsec.tuner import tune
 
 # Loaded on first use: `sparsec --help` should not wait for TVM.
 _HOMES = {
     "Artifact": "artifact",
-    "Images": "data",
+    "Images": "images",
     "Pass": "passes_api",
     "PassResult": "passes_api",
     "SparsecError": "errors",

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparsec.data import Images, InputSpec, Quantization
 from sparsec.errors import ArtifactError
+from sparsec.images import Images
 from sparsec.manifest import (
     MANIFEST,
     SCHEMA,
@@ -29,6 +29,7 @@ from sparsec.manifest import (
     read_json,
     sha256,
 )
+from sparsec.ports import InputSpec, Quantization
 
 if TYPE_CHECKING:
     from sparsec.bench import Timing
@@ -195,7 +196,7 @@ class Artifact:
         Arrays have the ports' types; `quantize` and `dequantize` lie between those of 8 bits and real numbers.
         Raises DataError if an input is missing or of another shape, RuntimeUnavailable if the runtime is not here.
         """
-        from sparsec.data import check_inputs
+        from sparsec.ports import check_inputs
         from sparsec.runtimes.base import find_runtime
 
         feed = check_inputs(inputs, self.inputs)

@@ -26,8 +26,9 @@ from sparsec.bench import faster
 from sparsec.budget import Budget, fit_budget
 from sparsec.build import build, pack_parity
 from sparsec.codegen import kernel_text
-from sparsec.data import Data, Images, InputSpec, input_spec, load_data
+from sparsec.data import Data, load_data
 from sparsec.errors import CheckError, RuntimeUnavailable, UsageError
+from sparsec.images import Images
 from sparsec.limits import DEFAULT, Limits
 from sparsec.loading import model_bytes
 from sparsec.lowering import lower
@@ -35,6 +36,7 @@ from sparsec.lowering.predict import layer_price
 from sparsec.pass_specs import resolve_passes
 from sparsec.passes.quantized_ports import QuantizedPorts, port_quantization
 from sparsec.pipeline import run_passes
+from sparsec.ports import InputSpec, input_spec
 from sparsec.preflight import preflight
 from sparsec.program import Program
 from sparsec.recipe import Recipe, load_recipe
@@ -71,6 +73,8 @@ def compile(
     bind: Mapping[str, Any] | None = None,
     cpu: str | None = None,
     os: str | None = None,
+    arch: str | None = None,
+    host: str | None = None,
     precision: str = "f32",
     threads: int = 1,
     output: str | _os.PathLike[str] | None = None,
@@ -90,7 +94,8 @@ def compile(
 
     model: path, bytes, `onnx.ModelProto` or `onnx_ir.Model`; the caller's object is left alone. target: "host", "arm", ...
     (default: the recipe's, else "host"). passes: specs such as "prune:sparsity=0.8,block=4x1", pass objects or classes,
-    after those of `recipe`. calibration: an .npz, a folder of images with `preprocess`, arrays by input name, or `Images`.
+    after those of `recipe`. arch, host: for target "cuda", the GPU's architecture ("sm_87", ...) and the processor beside
+    it ("x86_64", "aarch64"). calibration: an .npz, a folder of images with `preprocess`, arrays by input name, or `Images`.
     precision: "f32", or "f16" on CPUs with float16 arithmetic: layers store and compute in it, inputs and outputs stay
     float32. shapes: input name to full shape. bind: inputs fixed to a constant. threads: the artifact's default. output: the
     artifact if it ends in ".sparsec", else the folder for it; without it the artifact lives in a temporary directory that
@@ -107,7 +112,9 @@ def compile(
     if io not in IO:
         raise UsageError(f"expected {' or '.join(IO)}, got {io!r}", "--io")
     chosen = _recipe(recipe)
-    machine = target if isinstance(target, Target) else find_target(target or chosen.target or "host", cpu, os)
+    machine = target if isinstance(target, Target) else find_target(
+        target or chosen.target or "host", cpu, os, arch, host
+    )
     machine = with_precision(machine, precision)
     if tuning is not None and precision != "f32":
         raise UsageError("measured choices are of float32 kernels; leave out --tuning or --precision", "--tuning")

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsec.data import Quantization
 from sparsec.manifest import code_file
+from sparsec.ports import Quantization
 
 if TYPE_CHECKING:
     import onnx_ir

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from sparsec.data import read_npz, write_npz
 from sparsec.errors import DataError, ModelError
+from sparsec.npz import read_npz, write_npz
 from sparsec.passes.layers import WeightedLayer, weighted_layers
 
 SHOWN = 5  # mistakes named in one message; the rest are counted

@@ -15,13 +15,14 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import PassResult
 
-from sparsec.data import input_spec, load_data
+from sparsec.data import load_data
 from sparsec.errors import CheckError, RecipeError, SparsecError, UsageError
 from sparsec.exchange import large, without_data
 from sparsec.loading import model_bytes
 from sparsec.pass_specs import PassStep, as_step
 from sparsec.passes.fold_constants import quiet_session
 from sparsec.passes_api import META_KEY, Context, Price, Progress, Samples
+from sparsec.ports import input_spec
 from sparsec.rounding import Rounding, allowed_count, beyond, rounding
 from sparsec.saving import fits_one_file, save_model
 from sparsec.tolerance import derive_tolerance

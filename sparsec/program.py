@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sparsec.data import Quantization
+from sparsec.ports import Quantization
 
 MAX_ARGS = 8
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register

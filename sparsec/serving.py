@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsec.artifact import Artifact
-from sparsec.data import Images
 from sparsec.errors import DataError, RuntimeUnavailable, UsageError
+from sparsec.images import Images
 from sparsec.manifest import MANIFEST
 
 HOST = "127.0.0.1"

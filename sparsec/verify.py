@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparsec.data import Data, Images, InputSpec, load_data
+from sparsec.data import Data, load_data
 from sparsec.errors import ArtifactError, DataError
+from sparsec.images import Images
+from sparsec.ports import InputSpec
 from sparsec.rounding import Rounding, allowed_count, beyond, rounding
 from sparsec.tolerance import derive_tolerance, floors, for_sample, tolerances
 

@@ -55,7 +55,9 @@ def imagenet(name: str) -> Callable[[Path, int], Iterator[tuple[Arrays, int]]]:
     """Photographs, resized to 256, cropped to 224, normalised."""
 
     def samples(data: Path, share: int) -> Iterator[tuple[Arrays, int]]:
-        from sparsec.data import Images, InputSpec, load_data
+        from sparsec.data import load_data
+        from sparsec.images import Images
+        from sparsec.ports import InputSpec
 
         mean, std = ("+".join(map(str, v.tolist())) for v in (MEAN, STD))
         images = Images.parse(data / "images" / "imagenet", f"resize=256,crop=224,scale=255,mean={mean},std={std}")

@@ -85,9 +85,9 @@ def check(folder: Path, mode: str) -> tuple[int, str]:
 def lower_model(model: str, passes: Sequence[str], folder: Path) -> None:
     """Prepare `folder` for an ONNX file."""
     from sparsec.compiler import rewrite
-    from sparsec.data import InputSpec
     from sparsec.loading import model_bytes
     from sparsec.lowering import lower
+    from sparsec.ports import InputSpec
     from sparsec.tolerance import tolerances
     from sparsec.verify import parity_sample
 

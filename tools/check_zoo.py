@@ -45,7 +45,9 @@ def samples(name: str, data: Path, count: int) -> np.ndarray:
     if name == "dscnn_kws_mlperf_tiny":
         held = np.load(data / "audio" / "kws_mfcc_500.npz")
         return ((held["x"][:count].astype(np.float32) - held["zero_point"]) * held["scale"]).astype(np.float32)
-    from sparsec.data import Images, InputSpec, load_data
+    from sparsec.data import load_data
+    from sparsec.images import Images
+    from sparsec.ports import InputSpec
 
     images = Images.parse(data / "images" / "imagenet", PREPROCESS)
     stream = iter(load_data(images, [InputSpec("x", (1, 3, 224, 224), "float32")]))

@@ -320,11 +320,11 @@ def speed_rows(given: Case, shares: list[float], rounds: int, keep: Path) -> Ite
 
     import sparsec
     from sparsec.bench import faster
-    from sparsec.data import input_spec
     from sparsec.loading import load_model
     from sparsec.lowering import lower
     from sparsec.passes.allocate import positions
     from sparsec.passes.layers import weighted_layers
+    from sparsec.ports import input_spec
     from sparsec.targets import find_target
 
     def artifact(name: str, passes: list[str]) -> Any:

@@ -69,7 +69,7 @@ Arrays = tuple[np.ndarray, np.ndarray]  # samples [N, ...] without a batch axis,
 
 def photographs(folder: Path) -> tuple[Arrays, Arrays]:
     """Classes divisible by 4 to calibrate, the others to measure."""
-    from sparsec.data import Images
+    from sparsec.images import Images
 
     images = Images.parse(folder / "images/imagenet", PHOTOGRAPHS)
     files = images.files()

@@ -130,10 +130,11 @@ def _damage(original: onnx_ir.Model, data: str, preprocess: str | None, say: Any
     """Mean damage of a model's outputs against the original's on the samples."""
     import numpy as np
 
-    from sparsec.data import input_spec, load_data
+    from sparsec.data import load_data
     from sparsec.loading import model_bytes
     from sparsec.passes.fidelity import Fidelity
     from sparsec.passes.fold_constants import quiet_session
+    from sparsec.ports import input_spec
 
     samples = load_data(data, [input_spec(x) for x in original.graph.inputs], preprocess)
     names = [str(y.name) for y in original.graph.outputs]

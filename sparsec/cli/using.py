@@ -125,7 +125,7 @@ def run_verb(
 ) -> None:  # fmt: skip
     """One sample through an artifact; floats for an input of 8 bits are quantized, outputs come as they are stored."""
     from sparsec.artifact import load
-    from sparsec.data import read_npy, write_npz
+    from sparsec.npz import read_npy, write_npz
     from sparsec.staging import staged_file
 
     artifact = load(path)

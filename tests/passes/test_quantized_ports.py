@@ -10,9 +10,9 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 
-from sparsec.data import Quantization
 from sparsec.loading import load_model, model_bytes
 from sparsec.passes.quantized_ports import QuantizedPorts, port_quantization
+from sparsec.ports import Quantization
 
 IN, OUT = Quantization(0.0625, 100), Quantization(0.125, -3)
 BOTH = "x8 = QuantizeLinear(x, s, z) xr = DequantizeLinear(x8, s, z)"

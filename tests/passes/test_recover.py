@@ -144,7 +144,8 @@ def test_two_inputs_and_values_instead_of_logits() -> None:
         "state": RNG.standard_normal((12, 2, 5)).astype(np.float32),
     }
     prune = Prune(sparsity=0.5, include=("second",), importance="magnitude", refit="none")
-    from sparsec.data import input_spec, load_data
+    from sparsec.data import load_data
+    from sparsec.ports import input_spec
 
     specs = [input_spec(x) for x in load_model(pair_model()).graph.inputs]
     _, records = run_passes(

@@ -10,7 +10,7 @@ import pytest
 import sparsec
 from sparsec import budget as module
 from sparsec.budget import Budget, BudgetMissed, Judge, Part, fit_budget, predicted_us
-from sparsec.data import input_spec, load_data
+from sparsec.data import load_data
 from sparsec.errors import UsageError
 from sparsec.loading import load_model, model_bytes
 from sparsec.lowering import lower
@@ -22,6 +22,7 @@ from sparsec.passes.allocate import allocate
 from sparsec.passes.layers import select_layers
 from sparsec.passes.masks import Pattern, draw_masks, magnitude
 from sparsec.passes_api import Context, Pass, PassResult
+from sparsec.ports import input_spec
 from sparsec.targets import find_target
 from tests.passes.conftest import parse
 

@@ -10,10 +10,11 @@ from sparsec import cli
 from sparsec.artifact import load
 from sparsec.budget import Judge, Part, Point
 from sparsec.cli.curves import budget_table, front_table, show_fronts, show_points
-from sparsec.data import input_spec, load_data
+from sparsec.data import load_data
 from sparsec.loading import load_model
 from sparsec.models.demo import demo
 from sparsec.models.demo_data import write_data
+from sparsec.ports import input_spec
 
 FRONT = {
     "allocation": "search", "budget": "weights", "measure": "y: KL of the softmax, 5 classes", "samples": 64,

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsec.data import Images, InputSpec, check_inputs, load_data, read_npy, read_npz
+from sparsec.data import load_data
 from sparsec.errors import DataError, SparsecError, UsageError
+from sparsec.images import Images
+from sparsec.npz import read_npy, read_npz
+from sparsec.ports import InputSpec, check_inputs
 
 X = InputSpec("x", (1, 3, 4, 4), "float32")
 STATE = InputSpec("state", (2, 5), "float32")

@@ -12,10 +12,10 @@ import onnx_ir as ir
 import pytest
 from samples import pair_model
 
-from sparsec.data import write_npz
 from sparsec.errors import DataError, ModelError
 from sparsec.loading import load_model, model_bytes
 from sparsec.masks_io import apply_masks, export_masks, read_masks, write_masks
+from sparsec.npz import write_npz
 from sparsec.passes import Prune
 from sparsec.passes.layers import weighted_layers
 from sparsec.soup import average, check_alike, soup

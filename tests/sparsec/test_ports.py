@@ -23,9 +23,11 @@ from PIL import Image
 
 import sparsec
 from sparsec.artifact import load
-from sparsec.data import Images, InputSpec, Quantization, load_data
+from sparsec.data import load_data
 from sparsec.errors import ArtifactError, DataError, UsageError
+from sparsec.images import Images
 from sparsec.manifest import check_manifest
+from sparsec.ports import InputSpec, Quantization
 from sparsec.runtimes.emulated import find_emulator
 
 SHAPE = (1, 3, 8, 8)
