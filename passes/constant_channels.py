@@ -24,7 +24,8 @@ import onnx
 import onnx_ir as ir
 
 from sparsec.passes.fold_constants import constant, quiet_session, static_shape
-from sparsec.passes.tie_rules import POINTWISE, pad_amounts, reshape_runs, slice_index
+from sparsec.passes.tie_moves import pad_amounts, reshape_runs, slice_index
+from sparsec.passes.tie_rules import POINTWISE
 from sparsec.passes.ties import Unknown, ints
 
 

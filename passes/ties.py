@@ -218,3 +218,23 @@ def ints(node: ir.Node, index: int, attribute: str = "") -> list[int] | None:
     if array is None:
         raise Unknown(f"{value.name!r} is not constant")
     return [int(v) for v in array.reshape(-1)]
+
+
+def every_input(node: ir.Node) -> set[int]:
+    """Their numbers: the rule has understood all of them."""
+    return set(range(len(node.inputs)))
+
+
+def pin_space(ties: Ties, node: ir.Node, *values: ir.Value | None) -> None:
+    """Pin the axes behind batch and channels."""
+    for value in values:
+        for axis in range(2, len(shape_of(value))):
+            ties.pin(value, f"{node.op_type} {node.name!r} moves a window along it", axis)
+
+
+def row_parameters(ties: Ties, node: ir.Node, indices: tuple[int, ...], y: ir.Value) -> set[int]:
+    """Tie inputs of one value a channel to axis 1 of y; their numbers."""
+    for index in indices:
+        if index < len(node.inputs) and node.inputs[index] is not None:
+            ties.tie(ties.axis(node.inputs[index], 0), ties.axis(y, 1))
+    return set(indices)
