@@ -8,18 +8,21 @@ import tomllib
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata, resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsec.errors import TargetError
 from sparsec.kernels.base import Machine
 
+if TYPE_CHECKING:
+    from sparsec.kernels.cuda.base import Gpu
+
 
 @dataclass(frozen=True)
 class Target:
-    """One CPU and operating system to compile for."""
+    """One CPU and operating system to compile for; or a GPU and the processor beside it, which all but `gpu` describes."""
 
     name: str  # host, arm, ...
-    cpu: str  # the stanza in targets.toml
+    cpu: str  # the stanza in targets.toml; of a GPU its architecture
     arch: str  # x86_64, aarch64
     os: str  # linux, android
     features: tuple[str, ...]  # what the generated code needs; checked when a model is opened
@@ -27,6 +30,7 @@ class Target:
     machine: Machine
     runtime: str  # the runtime adapter that runs its artifacts here
     description: str = ""
+    gpu: Gpu | None = None
 
     @property
     def precision(self) -> str:
@@ -58,11 +62,11 @@ def container(arch: str) -> str:
 
 @cache
 def table() -> dict[str, Any]:
-    """The merged stanzas: `{"cpu": {...}, "target": {...}}`; installed packages add theirs as a dict of the same form."""
+    """The merged stanzas: `{"cpu": {...}, "gpu": {...}, "target": {...}}`; installed packages add theirs as a dict of the same form."""
     merged = tomllib.loads(resources.files("sparsec").joinpath("targets.toml").read_text(encoding="utf-8"))
     for point in metadata.entry_points(group="sparsec.targets"):
         extra = point.load()
-        for section in ("cpu", "target"):
+        for section in ("cpu", "gpu", "target"):
             merged[section].update(extra.get(section, {}))
     return merged
 
@@ -86,7 +90,7 @@ def target_names() -> list[str]:
 
 
 def cpu_names(target: str) -> list[str]:
-    """CPUs that `target` accepts; for `host` those of this machine's architecture."""
+    """CPUs that `target` accepts, for `cuda` GPUs' architectures; for `host` those of this machine's architecture."""
     names = list(table()["target"][target]["cpus"])
     return [name for name in names if _cpu(name)["arch"] == host_arch()] if target == "host" else names
 
@@ -155,30 +159,58 @@ def missing_features(target: Target) -> list[str]:
     return [feature for feature in target.features if _KERNEL_NAMES.get(feature, feature) not in flags]
 
 
-def find_target(name: str, cpu: str | None = None, os: str | None = None) -> Target:
-    """The target called `name`, for `cpu` and `os` or their defaults. Raises TargetError with the nearest known name."""
+def find_target(
+    name: str, cpu: str | None = None, os: str | None = None, arch: str | None = None, host: str | None = None
+) -> Target:
+    """The target called `name`, for `cpu` and `os` or their defaults. Raises TargetError with the nearest known name.
+
+    arch: a GPU's architecture, "sm_87"; for `cuda` the same as `cpu`. host: the processor beside it, "x86_64" or
+    "aarch64"; by default what the board has.
+    """
     targets = table()["target"]
     if name not in targets:
         raise TargetError(f"unknown target {name!r}{suggest(name, list(targets))}", "--target")
     stanza = targets[name]
+    hosts = stanza.get("hosts")
+    if hosts is None:
+        for option, value in (("--arch", arch), ("--host", host)):
+            if value is not None:
+                raise TargetError(f"target {name!r} has no {option[2:]}; give --target cuda, or leave it out", option)
+    elif arch is not None and cpu is not None and arch != cpu:
+        raise TargetError(f"says {cpu!r} and --arch {arch!r}; leave it out", "--cpu")
+    cpu = arch or cpu
     if cpu is None:
         cpu = host_cpu() if name == "host" else stanza["cpus"][0]
     known = cpu_names(name)
     if cpu not in known:
         elsewhere = [t for t in targets if t != name and cpu in targets[t]["cpus"]]
         hint = f"; it belongs to --target {elsewhere[0]}" if elsewhere else suggest(cpu, known)
-        raise TargetError(f"target {name!r} has no cpu {cpu!r}{hint}", "--cpu")
+        what, option = ("cpu", "--cpu") if hosts is None else ("architecture", "--arch")
+        raise TargetError(f"target {name!r} has no {what} {cpu!r}{hint}", option)
     if os is None:
         os = stanza["os"][0]
     if os not in stanza["os"]:
         raise TargetError(f"target {name!r} has no operating system {os!r}{suggest(os, stanza['os'])}", "--os")
-    facts = _cpu(cpu)
+    gpu, processor = None, cpu
+    if hosts is not None:
+        host = host or table()["gpu"][cpu]["host"]
+        if host not in hosts:
+            raise TargetError(f"target {name!r} has no host {host!r}{suggest(host, list(hosts))}", "--host")
+        gpu, processor = _gpu(cpu), hosts[host]
+    facts = _cpu(processor)
     machine = Machine(**{key: facts[key] for key in Machine.__dataclass_fields__ if key != "element"})
     llvm = {"mtriple": f"{facts['arch']}-unknown-linux-gnu", **facts["llvm"]}
     return Target(
         name=name, cpu=cpu, arch=facts["arch"], os=os, features=tuple(facts["features"]), llvm=llvm, machine=machine,
-        runtime=stanza["runtime"], description=stanza["description"],
+        runtime=stanza["runtime"], description=stanza["description"], gpu=gpu,
     )  # fmt: skip
+
+
+def _gpu(arch: str) -> Gpu:
+    from sparsec.kernels.cuda.base import Gpu
+
+    facts = table()["gpu"][arch]
+    return Gpu(arch=arch, **{key: facts[key] for key in Gpu.__dataclass_fields__ if key not in ("arch", "element")})
 
 
 PRECISIONS = ("f32", "f16")
@@ -191,10 +223,15 @@ def with_precision(target: Target, precision: str) -> Target:
         raise TargetError(f"unknown precision {precision!r}{suggest(precision, list(PRECISIONS))}", "--precision")
     if precision == target.precision:
         return target
+    if target.gpu is not None:
+        if precision == "f32":
+            return replace(target, machine=target.machine.single(), gpu=target.gpu.single())
+        return replace(target, machine=target.machine.half(), gpu=target.gpu.half())
     if precision == "f32":
         return replace(target, machine=target.machine.single())
     if not _HALF & set(target.features):
-        able = {name: [cpu for cpu in cpu_names(name) if _HALF & set(_cpu(cpu)["features"])] for name in target_names()}
+        names = [name for name in target_names() if "hosts" not in table()["target"][name]]
+        able = {name: [cpu for cpu in cpu_names(name) if _HALF & set(_cpu(cpu)["features"])] for name in names}
         way = "; or ".join(f"--target {name} with --cpu {', '.join(cpus)}" for name, cpus in able.items() if cpus)
         raise TargetError(f"cpu {target.cpu!r} has no float16 arithmetic; use {way}", "--precision")
     return replace(target, machine=target.machine.half())

@@ -1,6 +1,6 @@
 """Options that several verbs share. A group of options reaches its verb as one argument.
 
-MACHINE  --target --cpu --os --precision                        machine: Machine
+MACHINE  --target --cpu --os --arch --host --precision          machine: Machine
 REWRITE  --recipe --pass --plugin --calibration --preprocess    rewriting: Rewriting
 SHAPES   --shape --bind --limit                                 fixed: Fixed
 REPORT   --json -v                                              as_json: bool, verbose: bool
@@ -33,18 +33,23 @@ class Machine:
     target: str | None
     cpu: str | None
     system: str | None
+    arch: str | None
+    host: str | None
     precision: str | None
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Keywords of `sparsec.compile`."""
-        return {"target": self.target, "cpu": self.cpu, "os": self.system, "precision": self.precision or "f32"}
+        named = {"target": self.target, "cpu": self.cpu, "os": self.system, "arch": self.arch, "host": self.host}
+        return {**named, "precision": self.precision or "f32"}
 
     def find(self) -> Target:
         """The target, host where none was named. Raises TargetError."""
         from sparsec.targets import find_target, with_precision
 
-        return with_precision(find_target(self.target or "host", self.cpu, self.system), self.precision or "f32")
+        return with_precision(
+            find_target(self.target or "host", self.cpu, self.system, self.arch, self.host), self.precision or "f32"
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ def only_for_models(fixed: Fixed, machine: Machine | None = None) -> None:
     """Refuse options that an artifact has already decided."""
     given: dict[str, Any] = {}
     if machine is not None:
-        given = {"target": machine.target, "cpu": machine.cpu, "os": machine.system, "precision": machine.precision}
+        given = {**vars(machine), "os": machine.system}
+        del given["system"]
     given |= {"shape": fixed.shapes, "bind": fixed.bind, "limit": fixed.limits != DEFAULT}
     for name, value in given.items():
         if value:
@@ -159,5 +165,7 @@ MACHINE = _group(
     click.option("--target", metavar="NAME", help="host, arm, ...; see `sparsec targets`.  [default: host]"),
     click.option("--cpu", metavar="NAME", help="The target's CPU; see `sparsec targets`."),
     click.option("--os", "system", metavar="NAME", help="android or linux."),
+    click.option("--arch", metavar="NAME", help="cuda: the GPU's architecture, sm_87, sm_90, ..."),
+    click.option("--host", metavar="NAME", help="cuda: the processor beside the GPU, x86_64 or aarch64."),
     click.option("--precision", metavar="f32|f16", help="What layers store and compute in.  [default: f32]"),
 )

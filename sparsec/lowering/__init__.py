@@ -33,7 +33,7 @@ def lower(model: ir.Model, target: Target, name: str = "model", tuning: Choices 
     """
     graph = move_integers(gather_sums(model)).graph
     check_sizes({str(v.name): dims(v) for v in _values(graph) if v.name})
-    calls = Calls(target.machine, frozenset(str(v.name) for v in _values(graph)))
+    calls = Calls(target.machine, frozenset(str(v.name) for v in _values(graph)), gpu=target.gpu)
     for value in graph.inputs:
         declare(calls, value, "float32")
     items = schedule(graph, target, tuning)
@@ -78,7 +78,7 @@ def schedule(graph: ir.Graph, target: Target, tuning: Choices | None = None) -> 
     for node in graph:
         if node in claimed:
             continue
-        taken = select(node, Context(target.machine, claimed, tuning))
+        taken = select(node, Context(target.machine, claimed, tuning, target.gpu))
         if isinstance(taken, Taken):
             claimed.update(taken.group.nodes)
             groups.update(dict.fromkeys(taken.group.nodes, taken.group))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from sparsec.errors import CheckError, UnsupportedError
 from sparsec.kernels import elementwise
 from sparsec.kernels.base import KernelCall, Machine, roofline_us
 from sparsec.program import MAX_ELEMENTS, Kernel, Layer
+
+if TYPE_CHECKING:
+    from sparsec.kernels.cuda.base import DeviceCall, Gpu
 
 
 def check_sizes(shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -64,6 +67,7 @@ class Calls:
     views: dict[str, tuple[str, int]] = field(default_factory=dict)  # name -> (value it lies in, byte offset)
     layers: list[Layer] = field(default_factory=list)
     held: dict[str, dict[str, str]] = field(default_factory=dict)  # graph value -> element type -> name
+    gpu: Gpu | None = None  # what kernels run on, where it is not the machine
 
     def fresh(self, name: str) -> str:
         """`name`, or the first of `name'`, `name''`, ... that nothing has yet."""
@@ -108,10 +112,18 @@ class Calls:
     def _cast(self, name: str, source_type: str, source: str, target: str, target_type: str) -> None:
         shape, _ = self.values[source]
         size = int(np.prod(shape, dtype=np.int64))
-        call = elementwise.bind_cast(self.machine, size=size, source=source_type, target=target_type)
-        self.emit(call, {"x": source, "y": target}, ("y",), (), name)
+        bound = {"x": source, "y": target}
+        call: KernelCall | DeviceCall
+        if self.gpu is not None:
+            from sparsec.kernels.cuda import moves
+
+            call = moves.bind_cast(size=size, source=source_type, target=target_type)
+            self.launch(call, bound, ("y",), (), name)
+        else:
+            call = elementwise.bind_cast(self.machine, size=size, source=source_type, target=target_type)
+            self.emit(call, bound, ("y",), (), name)
         reason = f"from {source_type} to {target_type}"
-        us = roofline_us(self.machine, 0.0, 8.0 * size)
+        us = self.roofline_us(0.0, 8.0 * size)
         self.layers.append(Layer(name, "Cast", shape, "native", call.name, reason, predicted_us=us))
 
     def size(self, name: str) -> int:
@@ -132,12 +144,40 @@ class Calls:
 
         `owner` prefixes the names of the call's constants; `offsets`: bytes to add to a role's base.
         """
+        kernel = Kernel(call.name, call.func, call.text)
+        self._add(kernel, call.roles, call.constants, bound, writes, nodes, owner, offsets, call.tiles, call.scratch)
+
+    def launch(
+        self,
+        call: DeviceCall,
+        bound: dict[str, str],
+        writes: tuple[str, ...],
+        nodes: tuple[str, ...],
+        owner: str,
+        offsets: Mapping[str, int] | None = None,
+    ) -> None:
+        """Add a kernel of a CUDA device; as `emit`, and `owner` prefixes the names of the call's rooms too."""
+        rooms = {
+            role: self.value(self.fresh(f"{owner}/{role}"), (elements,), dtype)
+            for role, (elements, dtype) in call.rooms.items()
+        }
+        kernel = Kernel(call.name, call.func, call.text, call.launch)
+        self._add(
+            kernel, call.roles, call.constants, {**bound, **rooms}, (*writes, *rooms), nodes, owner, offsets,
+            call.launch.blocks, 0,
+        )  # fmt: skip
+
+    def _add(
+        self, kernel: Kernel, roles: tuple[str, ...], constants: Mapping[str, np.ndarray], bound: Mapping[str, str],
+        writes: tuple[str, ...], nodes: tuple[str, ...], owner: str, offsets: Mapping[str, int] | None, tiles: int,
+        scratch: int,
+    ) -> None:  # fmt: skip
         offsets = offsets or {}
         args: list[Ref] = []
-        for role in call.roles:
-            if role in call.constants:
+        for role in roles:
+            if role in constants:
                 key = self.fresh(f"{owner}/{role}")
-                self.constants[key] = call.constants[role]
+                self.constants[key] = constants[role]
                 args.append(Ref("constant", key))
             elif role == "scratch":
                 args.append(Ref("scratch"))
@@ -145,11 +185,18 @@ class Calls:
                 args.append(replace(self.ref(bound[role]), offset=offsets.get(role, 0)))
         reads = tuple(name for role, name in bound.items() if role not in writes and name in self.values)
         written = tuple(bound[role] for role in writes)
-        kernel = Kernel(call.name, call.func, call.text)
-        for role, size in zip(call.roles, argument_bytes(kernel), strict=True):
+        for role, size in zip(roles, argument_bytes(kernel), strict=True):
             if role in writes and role not in offsets and size != self.size(bound[role]):
-                raise CheckError(f"{call.name} writes {size} bytes of {self.size(bound[role])}", bound[role])
-        self.calls.append(Call(kernel, tuple(args), reads, written, call.tiles, call.scratch, nodes))
+                raise CheckError(f"{kernel.name} writes {size} bytes of {self.size(bound[role])}", bound[role])
+        self.calls.append(Call(kernel, tuple(args), reads, written, tiles, scratch, nodes))
+
+    def roofline_us(self, flops: float, moved: float) -> float:
+        """Time of a kernel without a model of its own on what kernels run on. `moved`: bytes if elements are float32."""
+        if self.gpu is None:
+            return roofline_us(self.machine, flops, moved)
+        from sparsec.kernels.cuda.base import roofline_us as device_us
+
+        return device_us(self.gpu, flops, moved * self.machine.item / 4, tensor=False)
 
     def ref(self, name: str) -> Ref:
         """An argument for an activation or a graph constant."""

@@ -1,4 +1,5 @@
-"""Selection: which kernel runs each node. `RULES` is read in order; the first rule that takes a node has it.
+"""Selection: which kernel runs each node. `RULES`, for CUDA devices `CUDA_RULES`, is read in order; the first rule that takes
+a node has it.
 
 What every rule refuses takes the generic route through Relax, with the refusals as its reason.
 """
@@ -51,11 +52,17 @@ RULES: tuple[Rule, ...] = (
     take_activation,
 )
 
+CUDA_RULES: tuple[Rule, ...] = (
+    take_view,
+    take_split,
+    take_concat,
+)
+
 
 def select(node: ir.Node, context: Context) -> Taken | str:
     """The first rule's binding of `node`, or why none takes it."""
     refusals = []
-    for rule in RULES:
+    for rule in RULES if context.gpu is None else CUDA_RULES:
         answer = rule(node, context)
         if isinstance(answer, Taken):
             return answer

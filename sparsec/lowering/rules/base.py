@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +18,9 @@ from sparsec.lowering.calls import Calls
 from sparsec.lowering.match import Group, constant, dims
 from sparsec.program import Candidate, Layer, Route
 from sparsec.tuning import Choices
+
+if TYPE_CHECKING:
+    from sparsec.kernels.cuda.base import Gpu
 
 Emitter = Callable[[Calls], None]
 
@@ -37,6 +40,7 @@ class Context:
     machine: Machine
     taken: Set[ir.Node]  # nodes that earlier groups hold
     tuning: Choices | None = None  # measured choices; else the cost model decides
+    gpu: Gpu | None = None  # of a program for a CUDA device; `machine` is the processor beside it
 
 
 Rule = Callable[[ir.Node, Context], "Taken | str | None"]

@@ -10,6 +10,7 @@ from tvm.tirx.script.builder import ir as T
 
 from sparsec.kernels import emit as tir
 from sparsec.kernels.base import KernelCall
+from sparsec.kernels.cuda import moves
 from sparsec.lowering.calls import Calls
 from sparsec.lowering.match import Group, attribute, constant, dims
 from sparsec.lowering.rules.base import Context, Taken, declare, dtype_of, node_names, record
@@ -130,8 +131,12 @@ def take_concat(node: ir.Node, context: Context) -> Taken | str | None:
                 calls.views[owner] = (target, offset)
             else:
                 copied += 1
-                copy = _copy(calls.size(name))
-                calls.emit(copy, {"x": name, "y": target}, ("y",), node_names(group), group.name, {"y": offset})
+                bound, at = {"x": name, "y": target}, {"y": offset}
+                if calls.gpu is not None:
+                    call = moves.bind_copy(calls.size(name), aligned=offset % 4 == 0)
+                    calls.launch(call, bound, ("y",), node_names(group), group.name, at)
+                else:
+                    calls.emit(_copy(calls.size(name)), bound, ("y",), node_names(group), group.name, at)
             offset += calls.size(name)
         how = f"{copied} of {len(node.inputs)} inputs are copied" if copied else "every producer writes in place"
         record(calls, group, "copy" if copied else "view", how, "native" if copied else "free")
