@@ -18,7 +18,10 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "runtime.c" /* its static functions too */
+#include "weights.c" /* its static functions too */
+#include "steps.c"
+#include "signature.c"
+#include "runtime.c"
 
 static jmp_buf leave;
 __attribute__((noreturn)) static void leave_with(int code) {
@@ -26,11 +29,9 @@ __attribute__((noreturn)) static void leave_with(int code) {
 }
 #define exit leave_with
 #define main bench_main
-#define address bench_address
 #include "bench.c"
 #undef main
 #undef exit
-#undef address
 
 #define INPUTS 24
 #define WEIGHTS 128

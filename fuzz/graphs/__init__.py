@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -54,9 +55,8 @@ def batch(
             if keep is not None:
                 keep.mkdir(parents=True, exist_ok=True)
                 (keep / f"graphs-{start}.onnx").write_bytes(drawn.model.SerializeToString())
-                nodes = "; ".join(onnx.printer.to_text(node).strip() for node in drawn.model.graph.node)
-                opset = drawn.model.opset_import[0].version
-                print(f"seed {start}, opset {opset}, passes {drawn.passes}: {nodes[:3000]}", flush=True)
+                text = f"passes {drawn.passes}\n{onnx.printer.to_text(drawn.model)}\n{traceback.format_exc()}"
+                (keep / f"graphs-{start}.txt").write_text(text)
             raise
         counts["graphs"] += drawn.graphs
         counts["models"] += 1

@@ -29,6 +29,7 @@ from sparsec.lowering import lower
 from sparsec.passes.fold_constants import quiet_session
 from sparsec.passes.widen import Widen
 from sparsec.pipeline import run_passes
+from sparsec.ports import input_spec
 from sparsec.rounding import Rounding, allowed_count, beyond, rounding
 from sparsec.targets import find_target
 from sparsec.tolerance import derive_half_tolerance, floors, for_sample, tolerances
@@ -111,7 +112,8 @@ class _Reference:
     def random_feeds(self, rng: np.random.Generator) -> Arrays:
         """Numbers for every input."""
         model = ir.from_proto(onnx.load_model_from_string(self.data))
-        return {str(v.name): random_array(rng, tuple(v.shape.numpy()), v.dtype.numpy()) for v in model.graph.inputs}
+        specs = [input_spec(v) for v in model.graph.inputs]
+        return {s.name: random_array(rng, tuple(s.shape), np.dtype(s.dtype)) for s in specs}
 
     def run(self, feeds: Arrays) -> Arrays:
         """ONNX Runtime's outputs."""

@@ -113,7 +113,8 @@ class Draft:
     def input(self, shape: Sequence[int], dtype: np.dtype) -> Value:
         value = Value(self.name(), tuple(shape), dtype)
         self.inputs.append(value)
-        self._keep(value)
+        self.values.append(value)
+        self.known[value.name] = (dtype, value.shape)
         return value
 
     def add(
@@ -128,19 +129,29 @@ class Draft:
         **more: Any,
     ) -> list[Value]:  # fmt: skip
         """The same for several results of one type."""
+        if any(size(shape) > ELEMENTS for shape in shapes):
+            return []
+        made = self._node(op, inputs, shapes, dtype, rounded, more)
+        self.values += made
+        return made
+
+    def aside(self, op: str, inputs: Sequence[str], shape: Sequence[int], dtype: np.dtype, **more: Any) -> Value | None:
+        """`add` of what is no value of the graph to go on with, of any size: a weight, a shape."""
+        made = self._node(op, inputs, [shape], dtype, False, more)
+        return made[0] if made else None
+
+    def _node(
+        self, op: str, inputs: Sequence[str], shapes: Sequence[Sequence[int]], dtype: np.dtype, rounded: bool,
+        more: dict[str, Any],
+    ) -> list[Value]:  # fmt: skip
         made = [Value(self.name(), tuple(int(s) for s in shape), dtype, rounded) for shape in shapes]
         names = [v.name for v in made]
         node = helper.make_node(op, inputs, names, name=f"{op}_{names[0]}", **more)
-        if any(v.size > ELEMENTS for v in made) or not self._runs(node):
+        if not self._runs(node):
             return []
         self.nodes.append(node)
-        for value in made:
-            self._keep(value)
+        self.known.update((v.name, (v.dtype, v.shape)) for v in made)
         return made
-
-    def _keep(self, value: Value) -> None:
-        self.values.append(value)
-        self.known[value.name] = (value.dtype, value.shape)
 
     def _runs(self, node: onnx.NodeProto) -> bool:
         """Whether ONNX Runtime has a kernel for the operator and these types; asked once."""
@@ -158,6 +169,8 @@ def _has_kernel(
     node: onnx.NodeProto, opset: int, known: Sequence[tuple[np.dtype | int, tuple[int, ...]] | None]
 ) -> bool:
     """Raises RuntimeError for a node that is wrong."""
+    if not onnx.defs.has(node.op_type, max_inclusive_version=opset):  # ONNX Runtime has some of its own besides
+        return False
     inputs = {
         name: helper.make_tensor_value_info(name, _element(k[0]), k[1])
         for name, k in zip(node.input, known, strict=True)

@@ -41,7 +41,7 @@ BINARY = {
     "PRelu": REAL, "Div": REAL, "Pow": REAL, "Mod": WHOLE,
 }  # fmt: skip
 LOGIC = frozenset({"Less", "Equal", "GreaterOrEqual", "Greater", "LessOrEqual"})
-VARIADIC = {"Sum": REAL, "Mean": REAL, "Max": NUMBERS, "Min": NUMBERS}
+VARIADIC: dict[str, tuple[np.dtype, ...]] = {"Sum": REAL, "Mean": REAL, "Max": NUMBERS, "Min": NUMBERS}
 
 
 def unary(d: Draft, x: Value) -> None:
@@ -85,7 +85,7 @@ def binary(d: Draft, x: Value) -> None:
         inputs = [x.name, name] if d.maybe() else [name, x.name]
     assert result is not None
     d.broadcasts += shape != x.shape
-    d.add(op, inputs, result, BOOL if op in LOGIC else x.dtype, **({"fmod": 0} if op == "Mod" else {}))
+    d.add(op, inputs, result, BOOL if op in LOGIC else x.dtype)
 
 
 def _partner(d: Draft, x: Value) -> tuple[int, ...]:
@@ -143,10 +143,9 @@ def cast(d: Draft, x: Value) -> None:
     """To a type that shows no more than the old one did: a float that is almost whole would be two numbers."""
     if x.rounded:
         return
-    floats = [F16, F32, F64]
-    wider = {
-        F16: [F32], F32: [F64, F16], F64: [F32], BOOL: [*floats, I32, I64, U8], I8: [F32, I32], U8: [F32, I32],
-        I32: [*floats, I64, BOOL], I64: [F32, I32, BOOL],
+    wider: dict[np.dtype, list[np.dtype]] = {
+        F16: [F32], F32: [F64, F16], F64: [F32], BOOL: [*REAL, I32, I64, U8], I8: [F32, I32], U8: [F32, I32],
+        I32: [*REAL, I64, BOOL], I64: [F32, I32, BOOL],
     }  # fmt: skip
     kind = d.among(wider[x.dtype])
     if d.opset >= 15 and d.maybe(4):

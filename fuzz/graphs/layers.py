@@ -156,7 +156,7 @@ def normalize(d: Draft, x: Value) -> None:
         count = size(x.shape[2:]) * (1 if op.startswith("I") else c // groups)
         if x.rank > 2 and count > 2:
             inputs = [x.name, d.constant(d.numbers((c,), dtype)), d.constant(d.numbers((c,), dtype))]
-            more = {} if op.startswith("I") else {"num_groups": groups}
+            more: dict[str, Any] = {} if op.startswith("I") else {"num_groups": groups}
             if not more or d.opset >= 21:
                 d.add(op, inputs, x.shape, dtype, epsilon=1e-2, **more)
     elif op == "LRN":
@@ -184,7 +184,7 @@ def recurrent(d: Draft, x: Value) -> None:
     if d.maybe():
         inputs.append(d.constant(d.numbers((ways, 2 * gates * hidden), F32)))
     direction = "bidirectional" if both else d.among(("forward", "reverse"))
-    more = {"linear_before_reset": d.number(0, 1)} if op == "GRU" else {}
+    more: dict[str, Any] = {"linear_before_reset": d.number(0, 1)} if op == "GRU" else {}
     shapes = [(steps, ways, batch, hidden), (ways, batch, hidden)]
     d.add_all(op, inputs, shapes[: d.number(1, 2)], F32, hidden_size=hidden, direction=direction, **more)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ def scan_sum(d: Draft, x: Value) -> None:
     if x.dtype == I32 and d.maybe():
         keep = d.number(0, 1)
         shape = tuple(1 if i == axis else s for i, s in enumerate(x.shape) if keep or i != axis)
-        last = {"select_last_index": d.number(0, 1)} if d.opset >= 12 else {}
+        last: dict[str, Any] = {"select_last_index": d.number(0, 1)} if d.opset >= 12 else {}
         d.add(d.among(("ArgMax", "ArgMin")), [x.name], shape, I64, axis=axis, keepdims=keep, **last)
     else:
         d.add("CumSum", [x.name, d.constant(axis)], x.shape, x.dtype, exclusive=d.number(0, 1), reverse=d.number(0, 1))
@@ -207,7 +208,7 @@ def resize(d: Draft, x: Value) -> None:
     n, c, h, w = x.shape
     mode = d.among(("nearest", "linear", "linear", "cubic")) if x.dtype in REAL else "nearest"
     factors = [d.among((2, 2, 3, 1)) for _ in range(2)]
-    more: dict[str, str] = {"mode": mode}
+    more: dict[str, Any] = {"mode": mode}
     if mode == "nearest":
         more |= {"nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}
     else:
@@ -227,14 +228,8 @@ def computed_shape(d: Draft, x: Value) -> None:
     """Shape, Gather, Concat and Reshape, as exporters write `x.view(x.size(0), -1)`; folded away when loaded."""
     if not x.rank:
         return
-    shape = d.add("Shape", [x.name], (x.rank,), I64)
-    if shape is None:
-        return
-    d.values.remove(shape)
-    first = d.add("Gather", [shape.name, d.constant([0])], (1,), I64, axis=0)
-    assert first
-    d.values.remove(first)
-    both = d.add("Concat", [first.name, d.constant([-1])], (2,), I64, axis=0)
-    assert both
-    d.values.remove(both)
-    d.add("Reshape", [x.name, both.name], (x.shape[0], x.size // x.shape[0]), x.dtype, x.rounded)
+    shape = d.aside("Shape", [x.name], (x.rank,), I64)
+    first = shape and d.aside("Gather", [shape.name, d.constant([0])], (1,), I64, axis=0)
+    both = first and d.aside("Concat", [first.name, d.constant([-1])], (2,), I64, axis=0)
+    if both:
+        d.add("Reshape", [x.name, both.name], (x.shape[0], x.size // x.shape[0]), x.dtype, x.rounded)

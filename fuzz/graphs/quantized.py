@@ -51,15 +51,12 @@ def _weight(d: Draft, shape: tuple[int, ...], axis: int) -> tuple[str, np.ndarra
     each = d.opset >= 13 and d.number(0, 2) > 0
     rng = np.random.default_rng(d.number(0, 99))
     scales = np.asarray(0.002 + 0.008 * rng.random(shape[axis] if each else ()), F32)
-    numbers = d.weight(shape, I8)
-    zeros, dtype = np.zeros(scales.shape, I8), I8
+    numbers, zeros = d.weight(shape, I8), np.zeros(scales.shape, I8)
     if not each and d.maybe(4):
-        numbers, zeros, dtype = (numbers.astype(I32) + 128).astype(U8), np.array(128), U8
-    more = {"axis": axis} if each else {}
-    inputs = [d.constant(numbers), d.constant(scales), d.constant(zeros, dtype)]
-    made = d.add("DequantizeLinear", inputs, shape, F32, **more)
+        numbers, zeros = (numbers.astype(I32) + 128).astype(U8), np.array(128, U8)
+    more: dict[str, Any] = {"axis": axis} if each else {}
+    made = d.aside("DequantizeLinear", [d.constant(numbers), d.constant(scales), d.constant(zeros)], shape, F32, **more)
     assert made
-    d.values.remove(made)
     return made.name, scales
 
 
@@ -73,11 +70,8 @@ def _bias(d: Draft, count: int, scales: np.ndarray, scale: float) -> list[str]:
     unit = np.broadcast_to(scales * np.float32(scale), (count,)).astype(F32)
     numbers = np.round(0.3 * d.numbers((count,), F32) / unit).astype(I32)
     inputs = [d.constant(numbers), d.constant(unit), d.constant(np.zeros(count), I32)]
-    made = d.add("DequantizeLinear", inputs, (count,), F32, axis=0)
-    if made is None:
-        return []
-    d.values.remove(made)
-    return [made.name]
+    made = d.aside("DequantizeLinear", inputs, (count,), F32, axis=0)
+    return [made.name] if made else []
 
 
 def _conv(d: Draft, x: Value, scale: float) -> Value | None:
@@ -168,8 +162,7 @@ def inside(d: Draft, x: Value) -> None:
     if x.dtype == F32 and d.maybe(3):
         names = [d.name() for _ in range(3)]
         d.nodes.append(helper.make_node("DynamicQuantizeLinear", [x.name], names, name=f"Dynamic_{names[0]}"))
-        for name, dtype, shape in zip(names, (U8, F32, U8), (x.shape, (), ()), strict=True):
-            d.known[name] = (dtype, shape)
+        d.known |= {names[0]: (U8, x.shape), names[1]: (F32, ()), names[2]: (U8, ())}
         d.add("DequantizeLinear", names, x.shape, F32)
         return
     if x.dtype not in BYTES:
@@ -208,7 +201,6 @@ def weights_only(d: Draft, x: Value) -> None:
     inputs: list[Any] = [weight, d.constant(scales * x.dtype.type(0.05))]
     if kind == TensorProto.UINT4:
         inputs.append(d.tensor(helper.make_tensor("", kind, scales.shape, [8] * scales.size)))
-    made = d.add("DequantizeLinear", inputs, (k, n), x.dtype, axis=0, block_size=block)
+    made = d.aside("DequantizeLinear", inputs, (k, n), x.dtype, axis=0, block_size=block)
     if made:
-        d.values.remove(made)
         d.add("MatMul", [x.name, made.name], (*x.shape[:-1], n), x.dtype)

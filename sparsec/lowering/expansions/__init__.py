@@ -23,6 +23,7 @@ EXPANSIONS: dict[str, Expansion] = {
     "Min": arithmetic.chain_of_many,
     "Mish": arithmetic.mish,
     "OneHot": selection.one_hot,
+    "PRelu": arithmetic.prelu,
     "Pad": layers.pad,
     "Pow": arithmetic.power,
     "QuantizeLinear": quantization.quantize,

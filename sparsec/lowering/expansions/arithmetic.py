@@ -82,6 +82,15 @@ def mish(node: onnx.NodeProto, context: Context) -> list[onnx.NodeProto] | None:
     return chain.nodes
 
 
+def prelu(node: onnx.NodeProto, context: Context) -> list[onnx.NodeProto]:
+    """x, and slope * x below 0: the importer knows one slope a channel only."""
+    x, slope = node.input
+    chain = Chain(context, node.output[0])
+    below = chain.add("Less", x, chain.const(0, numpy_type(context.element(x))))
+    chain.add("Where", below, chain.add("Mul", x, slope), x, result=node.output[0])
+    return chain.nodes
+
+
 def is_inf(node: onnx.NodeProto, context: Context) -> list[onnx.NodeProto] | None:
     """The importer knows both signs together only."""
     x, output = node.input[0], node.output[0]
