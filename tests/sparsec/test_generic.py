@@ -107,7 +107,7 @@ CASES = [
     Case("ThresholdedRelu", (floats(3, 33),), attributes={"alpha": 0.5}),
     Case("PRelu", (floats(1, 6, 5, 5), positive(6, 1, 1))),
     Case("PRelu", (floats(1, 6, 5, 5), positive(1)), name="shared"),
-    Case("PRelu", (floats(7), positive()), name="scalars"),
+    Case("PRelu", (floats(7), np.array(0.3, F32)), name="scalars"),
     Case("PRelu", (floats(2, 3, 4), positive(3, 4)), name="broadcast"),
     Case("Clip", (floats(3, 33),), (np.array(0, F32), np.array(6, F32)), name="relu6"),
     Case("Clip", (floats(3, 33),), (np.array(-0.5, F32),), name="min"),
