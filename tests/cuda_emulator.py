@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from harness import Room
 
-from sparsec.cuda.source import PRELUDE, cuda_source, device_header, launch_of
+from sparsec.cuda.source import PRELUDE, cuda_source, launch_of
 from sparsec.program import Kernel, Launch
 
 HEADER = Path(__file__).with_name("cuda") / "emulate.h"
@@ -27,7 +27,7 @@ _SIGNATURE = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*
 
 def emulation_source(source: str) -> str:
     """CUDA C as `cuda_source` makes it -> C++ with one `emulated_NAME(pointers, grid, block, order)` a kernel."""
-    body = source.removeprefix(PRELUDE).replace(device_header(), "", 1)
+    body = source.removeprefix(PRELUDE)
     runs = []
     for name, parameters in _SIGNATURE.findall(body):
         types = [

@@ -6,6 +6,7 @@
  * block that wait at different barriers end the process.
  */
 #pragma once
+#define SPARSEC_EMULATED
 #include <math.h>
 #include <setjmp.h>
 #include <stdint.h>
@@ -90,6 +91,7 @@ struct fibre {
     dim3 index;
 };
 static fibre fibres[FIBRES];
+static int groups[FIBRES], late_count[FIBRES]; /* of asynchronous copies */
 static char *stacks;
 static jmp_buf scheduler;
 static ucontext_t entry;
@@ -155,7 +157,7 @@ static void run_block(int threads, int order) {
     for (int i = 0; i < threads; i++) {
         fibre *f = &fibres[i];
         f->state = RUNNING;
-        f->started = 0;
+        f->started = groups[i] = late_count[i] = 0;
         unsigned u = (unsigned)i;
         f->index = {u % blockDim.x, u / blockDim.x % blockDim.y, u / blockDim.x / blockDim.y};
         f->first = entry;
@@ -260,3 +262,46 @@ static void sparsec_mma_f16(float *d, const void *a, const void *b) {
         d[i] = (float)sum;
     }
 }
+
+/* Asynchronous copies arrive as late as they may: when the thread waits for their group. */
+struct late_copy {
+    void *to;
+    int group, bytes;
+    char data[16];
+};
+static const int LATE = 256;
+static late_copy late[FIBRES][LATE];
+
+template <int BYTES> static void sparsec_async(void *to, const void *from, int valid) {
+    if ((size_t)to % BYTES || (valid && (size_t)from % BYTES)) broken("a misaligned asynchronous copy");
+    if (valid < 0 || valid > BYTES) broken("an asynchronous copy of too many bytes");
+    if (late_count[current] == LATE) broken("too many asynchronous copies in flight");
+    late_copy *c = &late[current][late_count[current]++];
+    *c = {to, groups[current], BYTES, {}};
+    memcpy(c->data, from, (size_t)valid);
+}
+static void sparsec_commit() { groups[current]++; }
+template <int LEFT> static void sparsec_wait() {
+    int kept = 0;
+    for (int i = 0; i < late_count[current]; i++) {
+        late_copy *c = &late[current][i];
+        if (c->group < groups[current] - LEFT) memcpy(c->to, c->data, (size_t)c->bytes);
+        else late[current][kept++] = *c;
+    }
+    late_count[current] = kept;
+}
+
+static void emulated_ldmatrix4(void *r, const void *row, int transposed) {
+    if ((size_t)row % 16) broken("a misaligned row of a matrix");
+    exchange<const void *> all(&row, 1);
+    int l = emulated_lane();
+    for (int i = 0; i < 4; i++) {
+        ushort parts[2];
+        for (int e = 0; e < 2; e++)
+            parts[e] = transposed ? ((const ushort *)all(8 * i + 2 * (l % 4) + e))[l / 4]
+                                  : ((const ushort *)all(8 * i + l / 4))[2 * (l % 4) + e];
+        memcpy((char *)r + 4 * i, parts, 4);
+    }
+}
+static void sparsec_ldmatrix4(void *r, const void *row) { emulated_ldmatrix4(r, row, 0); }
+static void sparsec_ldmatrix4_trans(void *r, const void *row) { emulated_ldmatrix4(r, row, 1); }
