@@ -78,7 +78,7 @@ class Machine:
 
     def bias_last(self, terms: int) -> bool:
         """Whether a bias joins a sum of `terms` at its end: at the beginning every term would be rounded in the bias's size."""
-        return terms >= LATE
+        return terms >= LATE and self.element.startswith("float")
 
     def named(self, text: str) -> str:
         """A name of the kernel tables, all float32, for this element: `conv_f32_4x1` is `conv_f16_4x1` in float16."""

@@ -2,7 +2,8 @@
 
     sums[r, p] (+)= w[r, k] * panel[k, p]      for the stored columns k of the group; r < R rows, p < P vectors of pixels
 
-Several sets of accumulators where one would wait for itself; sums that rest between passes lie behind the panel.
+Several sets of accumulators where one would wait for itself; sums that rest between passes lie behind the panel. The bias
+begins a short sum and ends a long one.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class RowGroups:
     residual: Residual
     element: str  # of the sums
     limit: int  # blocks in one chain of additions, 0: any
+    late: bool  # whether the bias is added to the finished sum
     unroll: int  # blocks
     panel: int  # elements of scratch before the sums that rest
     buffers: dict[str, Any]  # by role, while the kernel is written
@@ -95,10 +97,11 @@ class RowGroups:
         sets = [emit.Accumulators(*shape, self.element) for _ in range(count)]
         bias, scratch = self.buffers.get("bias"), self.buffers["scratch"]
 
-        def begin(i: int, p: int) -> Any:
+        def zero(_: int, p: int) -> Any:
+            return emit.constant(0, parts[p].lanes, self.element)
+
+        def bias_of(i: int, p: int) -> Any:
             part = parts[p]
-            if bias is None:
-                return emit.constant(0, part.lanes, self.element)
             return (
                 emit.load(bias, first_row, part.lanes) if part.turned else emit.splat(bias[first_row + i], part.lanes)
             )
@@ -109,6 +112,8 @@ class RowGroups:
             return self.panel + first_row * self.tiling.width + (before + i) * self.tiling.lanes
 
         def finished() -> None:
+            if bias is not None and self.late:
+                sets[0].fill(lambda i, p: sets[0].get(i, p) + bias_of(i, p))
             self.store_sums(sets[0].get, first_row, rows, parts, out)
 
         def unfinished() -> None:
@@ -119,9 +124,10 @@ class RowGroups:
         def resume() -> None:
             sets[0].fill(lambda i, p: emit.load(scratch, slot(i, p), parts[p].lanes))
 
+        begin = zero if bias is None or self.late else bias_of
         stage.choose(stage.first, lambda: sets[0].fill(begin), resume)
         for more in sets[1:]:
-            more.fill(lambda i, p: emit.constant(0, parts[p].lanes, self.element))
+            more.fill(zero)
         self._accumulate(sets, rows, parts, terms)
         for more in sets[1:]:
             sets[0].fill(lambda i, p, more=more: sets[0].get(i, p) + more.get(i, p))

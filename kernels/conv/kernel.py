@@ -65,6 +65,7 @@ class Convolution(RowGroups):
         self.unroll = max(1, min(4, 8 // area)) if machine.lane_fma else 1
         longest = int(np.diff(packed.pointers).max()) * packed.columns if packed.sparse else packed.depth
         self.limit = machine.chain(longest) // packed.columns  # in blocks
+        self.late = machine.bias_last(longest)
         self.constants = self._constants(bias)
 
     @property
@@ -149,7 +150,7 @@ class Convolution(RowGroups):
         form = f"{packed.rows}x{packed.columns}" if packed.sparse else "dense"
         name, more = self.name(form)
         facts = (
-            self.geometry, tiling, form, *more, tuple(sizes[role] for role in roles), self.limit, packed.depth, machine
+            self.geometry, tiling, form, *more, tuple(sizes[role] for role in roles), self.limit, self.late, packed.depth, machine
         )  # fmt: skip
         what = "x".join(map(str, self.geometry.w_shape[2:]))
         tile = f"{packed.rows} rows x {tiling.vectors} vectors of {tiling.lanes}"
