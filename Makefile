@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+MINUTES ?= 5
 
 .PHONY: help fuzz demo test test-torch test-backend lint types wheel clean qemu
 
@@ -11,7 +12,7 @@ help:
 	@echo "make test    install, then run the whole suite"
 	@echo "make test-torch   install torch too, then run the tests that need it"
 	@echo "make test-backend every node test of onnx.backend.test, about 4 minutes of CPU time; make test runs a sixth of them"
-	@echo "make fuzz    damaged files and random graphs, for about two hours"
+	@echo "make fuzz    damaged files and random graphs, 5 minutes of CPU time; make fuzz MINUTES=120 for a campaign"
 	@echo "make lint    ruff          make types   mypy"
 	@echo "make wheel   build the wheel into dist/"
 
@@ -36,9 +37,7 @@ test-backend: $(BIN)/.installed
 	$(BIN)/python -W ignore tools/backend_suite.py --jobs $(JOBS)
 
 fuzz: $(BIN)/.installed
-	$(BIN)/python -m fuzz.c.run --seconds 600
-	$(BIN)/python -m fuzz.run --seconds 600
-	$(BIN)/python -m fuzz.graphs --graphs 5000 --seed $$(date +%s)
+	$(BIN)/python -m fuzz.campaign --minutes $(MINUTES)
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -1,9 +1,10 @@
-"""`python -m fuzz.campaign [--minutes N] [--log FILE]`: every harness in turn until N minutes of processor time are spent.
+"""`python -m fuzz.campaign [--minutes N] [--resume]`: every harness in turn until N minutes of processor time are spent.
 
 One process at a time. Each slice is a harness with a seed of its own; the harness furthest behind its share is next. Every
-slice leaves a line in the log: executions, processor seconds of it and all of its children, and what failed. A campaign goes
-on where its log ends, so it can be stopped at any time; `--summary` prints what it says. What failed is in
-`fuzz/failures`, and a failure does not end the campaign: the next slice has another seed. The exit status is 1 if any did.
+slice leaves a line in the log: executions, processor seconds of it and all of its children, and what failed. Seeds go on
+where the log ends; with `--resume` so do the minutes, for a campaign that was stopped. `--summary` prints what the log says.
+What failed is in `fuzz/failures`, and a failure does not end the campaign: the next slice has another seed. The exit status
+is 1 if any did.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 PATIENCE = 600.0  # wall seconds beyond its own after which a slice hangs
 SLICE = 60.0
+LEAST = 5.0  # seconds that a slice counts for when it is decided who is next, so that one that fails at once waits too
 WITH_ATHERIS = ("model-file", "model-bytes", "recipe", "manifest", "tuning", "npz", "masks")
 
 
@@ -53,12 +55,13 @@ HARNESSES = (
 
 
 def slices(
-    log: Path, minutes: float, harnesses: Sequence[Harness], seconds: float, keep: Path
+    log: Path, minutes: float, harnesses: Sequence[Harness], seconds: float, keep: Path, resume: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Run until the log holds `minutes` of processor time; one record a slice."""
+    """Run for `minutes` of processor time, with `resume` those in the log included; one record a slice."""
     records = read(log)
-    while sum(r["cpu"] for r in records) < 60 * minutes:
-        used = {h.name: sum(r["cpu"] for r in records if r["harness"] == h.name) for h in harnesses}
+    before = 0.0 if resume else sum(r["cpu"] for r in records)
+    while sum(r["cpu"] for r in records) - before < 60 * minutes:
+        used = {h.name: sum(max(LEAST, r["cpu"]) for r in records if r["harness"] == h.name) for h in harnesses}
         harness = min(harnesses, key=lambda h: used[h.name] / h.share)
         seed = 1 + sum(r["harness"] == harness.name for r in records)
         record = one(harness, seconds, seed, keep)
@@ -128,17 +131,21 @@ def main() -> None:
     parser.add_argument("--log", type=Path, default=Path("fuzz/campaign.jsonl"))
     parser.add_argument("--keep", type=Path, default=Path("fuzz/failures"))
     parser.add_argument("--slice", type=float, default=SLICE, help="seconds of one slice")
+    parser.add_argument("--resume", action="store_true", help="minutes in the log count")
     parser.add_argument("--summary", action="store_true", help="print what the log says, and run nothing")
     given = parser.parse_args()
     found = (
         HARNESSES if importlib.util.find_spec("atheris") else [h for h in HARNESSES if "--atheris" not in h.arguments]
     )
-    if not given.summary:
-        for record in slices(given.log, given.minutes, found, given.slice, given.keep):
-            print(json.dumps(record), flush=True)
-    records = read(given.log)
-    print(summary(records))
-    sys.exit(any(r["status"] for r in records))
+    if given.summary:
+        print(summary(read(given.log)))
+        return
+    failed = False
+    for record in slices(given.log, given.minutes, found, given.slice, given.keep, given.resume):
+        failed = failed or bool(record["status"])
+        print(json.dumps(record), flush=True)
+    print(summary(read(given.log)))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
