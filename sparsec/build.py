@@ -29,7 +29,8 @@ __all__ = ["build", "c_prefix", "model_header", "pack_parity", "program_source",
 
 Progress = Callable[[str], None]
 
-LIBRARY_SOURCES = ("runtime.c", "threads.c", "features.c")
+COMMON_SOURCES = ("weights.c", "steps.c", "signature.c")  # every executor's
+LIBRARY_SOURCES = ("runtime.c", *COMMON_SOURCES, "threads.c", "features.c")
 HEADERS = ("sparsec.h", "internal.h", "platform.h")
 KERNEL_PREFIX = "sparsec_kernel_"  # before the name of everything that the kernels' object defines
 PAGE_BYTES = 65536  # alignment of segments: serves systems with pages of 4, 16 and 64 kB

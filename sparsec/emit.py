@@ -1,6 +1,6 @@
 """Program -> the files that are data: weights.bin, parity.bin, model.h, and the C table that the runtime walks.
 
-Formats are described where they are read: weights.bin in `runtimes/c/runtime.c`, parity.bin in `runtimes/c/bench.c`.
+Formats are described where they are read: weights.bin in `runtimes/c/weights.c`, parity.bin in `runtimes/c/bench.c`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def c_string(text: str) -> str:
 
 
 def checksum(payload: bytes) -> int:
-    """The 64-bit checksum of runtimes/c/runtime.c: a polynomial over the payload's 32-bit words."""
+    """The 64-bit checksum of runtimes/c/weights.c: a polynomial over the payload's 32-bit words."""
     words = np.frombuffer(payload, "<u4")
     chunk = 1 << 16
     powers = np.ones(chunk, np.uint64)

@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 from sparsec.build import (
+    COMMON_SOURCES,
     EXPORTS,
     HEADERS,
     KERNEL_PREFIX,
@@ -27,7 +28,7 @@ from sparsec.emit import program_digest, program_source, weights_blob
 from sparsec.errors import UsageError
 from sparsec.program import Program, Tensor
 
-SOURCES = ("runtime.c", "alone.c")
+SOURCES = ("runtime.c", *COMMON_SOURCES, "alone.c")
 STACK_BYTES = 1 << 18
 ARRAYS = {
     "float32": "Float32Array", "float64": "Float64Array", "float16": "Uint16Array", "int8": "Int8Array",

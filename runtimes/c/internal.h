@@ -65,5 +65,40 @@ int sparsec_pool_start(sparsec_pool *memory, int32_t threads);
 void sparsec_pool_run(sparsec_pool *pool, void (*fn)(void *ctx, int32_t i), void *ctx, int32_t n);
 void sparsec_pool_stop(sparsec_pool *pool);
 
+/* weights.c: the payload of weights.bin once it was checked, and who owns it. */
+typedef struct sparsec_weights {
+    const unsigned char *payload; /* [sparsec_program.weights_bytes], 64-byte aligned, read-only */
+    void *mapping;                /* [mapping_bytes] of the file, or null */
+    size_t mapping_bytes;
+    void *copy; /* of weights that came unaligned, or null */
+} sparsec_weights;
+
+/* From memory [bytes], or from the code where both are 0; from a file. Nothing is held unless they return SPARSEC_OK. */
+int sparsec_weights_given(sparsec_weights *result, const void *weights, size_t bytes);
+int sparsec_weights_mapped(sparsec_weights *result, const char *path);
+void sparsec_weights_release(sparsec_weights *weights);
+
+/* `pointer` or the next address that is 64-byte aligned. */
+void *sparsec_align(void *pointer);
+
+/* steps.c: runs steps on the CPU. */
+typedef struct sparsec_workers {
+    const unsigned char *weights; /* [sparsec_program.weights_bytes], 64-byte aligned, read-only */
+    unsigned char *arena;         /* [sparsec_program.arena_bytes], 64-byte aligned */
+    unsigned char *scratch;       /* [threads][sparsec_program.scratch_bytes], 64-byte aligned */
+    int32_t threads;
+    sparsec_pool *pool; /* null: one thread, or the caller's parallel_for */
+    void (*parallel_for)(void *ctx, void (*fn)(void *ctx, int32_t i), int32_t n);
+    void *parallel_data;
+} sparsec_workers;
+
+/* Workers that `options`, which may be null, ask for; 0: not a valid number. */
+int32_t sparsec_threads(const sparsec_options *options);
+void *sparsec_address(const sparsec_workers *workers, sparsec_place place, int32_t worker);
+void sparsec_run_step(const sparsec_workers *workers, const sparsec_step *step);
+
+/* signature.c: SPARSEC_BAD_ARGUMENT if a pointer that `run` needs is null. */
+int sparsec_check_ports(const sparsec_model *model, const void *const *inputs, void *const *outputs);
+
 #pragma GCC visibility pop
 #endif

@@ -56,10 +56,10 @@ def test_clean(tool, prepared, mode):
 @pytest.mark.parametrize(
     ("mode", "file", "old", "new"),
     [
-        ("valgrind", "runtime.c", "free(model->copy);", ""),
+        ("valgrind", "weights.c", "free(weights->copy);", ""),
         ("valgrind", "runtime.c", "options->arena ? 0 : arena_bytes", "options->arena ? 0 : arena_bytes / 2"),
-        ("address", "runtime.c", "if (bytes < sizeof h) return SPARSEC_BAD_WEIGHTS;", ""),
-        ("address", "runtime.c", "free(block);\n}", "free(block);\n    (void)*(volatile int32_t *)&model->threads;\n}"),
+        ("address", "weights.c", "if (bytes < sizeof h) return SPARSEC_BAD_WEIGHTS;", ""),
+        ("address", "runtime.c", "free(block);\n}", "free(block);\n    (void)*(volatile int32_t *)&model->workers;\n}"),
         ("thread", "threads.c", "spin = 0; i < pool->started;", "spin = 0; i < 0;"),
     ],
 )
