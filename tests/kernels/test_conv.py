@@ -199,7 +199,9 @@ def test_pieces_cover_every_tile_once_and_evenly(vectors, pixels, images, groups
     tail = shares.tail or shares.full
     assert all(len(p) == (tail if t % tiling.count == tiling.count - 1 else shares.full) for t, p in seen.items())
     if tiling.tail and tiling.full and shares.full > 8:
-        assert abs(shares.tail / shares.full - tiling.tail / tiling.width) <= 0.5 / shares.full + 1e-12  # a tie may round up
+        assert (
+            abs(shares.tail / shares.full - tiling.tail / tiling.width) <= 0.5 / shares.full + 1e-12
+        )  # a tie may round up
 
 
 def test_few_pixels_split_by_rows(target):
