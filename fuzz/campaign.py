@@ -26,7 +26,7 @@ from typing import Any
 PATIENCE = 600.0  # wall seconds beyond its own after which a slice hangs
 SLICE = 60.0
 LEAST = 5.0  # seconds that a slice counts for when it is decided who is next, so that one that fails at once waits too
-WITH_ATHERIS = ("model-file", "model-bytes", "recipe", "manifest", "tuning", "npz", "masks")
+WITH_ATHERIS = ("model-file", "model-bytes", "recipe", "manifest", "tuning", "npz", "masks", "options")
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,15 @@ HANGS = 30.0  # seconds of processor time for one input
 MEMORY = 4 << 30  # bytes of address space
 
 
-def fuzz(name: str, runs: int, seconds: float, seed: int, keep: Path | None = None) -> Counter[str]:
+def fuzz(
+    name: str, runs: int, seconds: float, seed: int, keep: Path | None = None, counts: Counter[str] | None = None
+) -> Counter[str]:
     """Execute a target on damaged seeds: how often it did. Raises what a failing input raised."""
+    counts = Counter() if counts is None else counts
     target = TARGETS[name]
     seeds = target.seeds()
     rng = random.Random(f"{name} {seed}")
     corpus = list(seeds)
-    counts: Counter[str] = Counter()
     end = time.monotonic() + seconds
     for data in seeds:
         target.run(data)
@@ -102,9 +104,12 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for name in names:
         start, used = time.monotonic(), time.process_time()
-        counts = fuzz(name, given.runs, given.seconds, given.seed, given.keep)
-        times = f"{time.monotonic() - start:.0f} s, {time.process_time() - used:.0f} s of this process"
-        print(f"{name:12} {counts['executions']:>9} executions, {times}", flush=True)
+        counts: Counter[str] = Counter()
+        try:
+            fuzz(name, given.runs, given.seconds, given.seed, given.keep, counts)
+        finally:
+            times = f"{time.monotonic() - start:.0f} s, {time.process_time() - used:.0f} s of this process"
+            print(f"{name:12} {counts['executions']:>9} executions, {times}", flush=True)
 
 
 if __name__ == "__main__":

@@ -238,6 +238,19 @@ def _masks(data: bytes) -> None:
         read_masks(path)
 
 
+def _options(data: bytes) -> None:
+    from fuzz.options import read
+
+    with one_line():
+        read(data)
+
+
+def _option_texts() -> list[bytes]:
+    from fuzz.options import seeds
+
+    return seeds()
+
+
 TARGETS: dict[str, Target] = {
     "model-file": Target(_model_file, _models, mutate_model),
     "model-bytes": Target(_model_file, _models),
@@ -247,4 +260,5 @@ TARGETS: dict[str, Target] = {
     "tuning": Target(_tuning, _tunings),
     "npz": Target(_npz, _archives),
     "masks": Target(_masks, _archives),
+    "options": Target(_options, _option_texts),
 }
