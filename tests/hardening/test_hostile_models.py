@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from hardening.hostile import CASES, floats, model, save
+from hardening.hostile import CASES
+from hardening.making import floats, model, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from hardening.hostile import model, save, value
+from hardening.making import model, save, value
 from onnx import TensorProto, helper
 
 from sparsec import cli, pipeline, reading, saving
