@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from harness import Room
 
 from sparsec.cuda.source import PRELUDE, cuda_source, launch_of
-from sparsec.program import Kernel, Launch
+from sparsec.program import Kernel, Launch, Program, Step
 
 HEADER = Path(__file__).with_name("cuda") / "emulate.h"
 _SIGNATURE = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(([^)]*)\) \{')
@@ -111,4 +111,33 @@ def run_cuda(func: Any, arrays: Sequence[np.ndarray], arch: str = "sm_90") -> li
         results.append([room.array for room in rooms])
     for i, (up, down) in enumerate(zip(*results, strict=True)):
         assert up.tobytes() == down.tobytes(), f"argument {i} depends on the order of threads: a barrier is missing"
+    return results[0]
+
+
+def run_program(program: Program, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The outputs of a program for CUDA: its kernels emulated, steps for the host on this CPU.
+
+    In both orders of threads and blocks, which must agree bit by bit; memory as in `programs.execute`.
+    """
+    from harness import Library, ranges
+    from programs import execute
+
+    device = EmulatedLibrary([k for k in program.kernels if k.launch is not None], program.target.gpu.arch)
+    launches = {kernel.name: kernel.launch for kernel in program.kernels}
+    own = [kernel for kernel in program.kernels if kernel.launch is None]
+    host = Library(own, program.target) if own else None
+    results = []
+    for order in (0, 1):
+
+        def run(step: Step, spaces: Mapping[str, np.ndarray], order: int = order) -> None:
+            launch = launches[step.kernel]
+            if launch is None:
+                for span in ranges(step.tiles, 3):
+                    host.run(step.kernel, [(spaces[arg.space], arg.offset) for arg in step.args], [span])
+            else:
+                device.run(step.kernel, [spaces[a.space].ctypes.data + a.offset for a in step.args], launch, order)
+
+        results.append(execute(program, feeds, run))
+    for name, value in results[0].items():
+        assert value.tobytes() == results[1][name].tobytes(), f"{name} depends on the order of threads"
     return results[0]

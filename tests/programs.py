@@ -5,8 +5,9 @@ In the text every graph input whose name starts with `w` is a weight: it becomes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import cuda_emulator
 import numpy as np
 import onnx
 import onnx.parser
@@ -15,7 +16,7 @@ from harness import Library, ranges
 
 from sparsec.loading import load_model, model_bytes
 from sparsec.lowering import lower
-from sparsec.program import ALIGNMENT, SLACK, Program
+from sparsec.program import ALIGNMENT, SLACK, Program, Step
 from sparsec.targets import Target, find_target
 from sparsec.tolerance import tolerances
 
@@ -73,8 +74,24 @@ def _memory(size: int) -> np.ndarray:
 
 
 def run_program(program: Program, feeds: Mapping[str, np.ndarray], splits: int = 3) -> dict[str, np.ndarray]:
-    """The outputs. Tiles run in uneven ranges, last first; memory is filled with NaN as soon as its value is dead."""
+    """The outputs. Tiles run in uneven ranges, last first; one for a CUDA device runs in the emulation of its kernels."""
+    if program.target.gpu is not None:
+        return cuda_emulator.run_program(program, feeds)
     library = Library(program.kernels, program.target) if program.kernels else None
+
+    def run(step: Step, spaces: Mapping[str, np.ndarray]) -> None:
+        assert library is not None
+        for span in ranges(step.tiles, splits):
+            spaces["scratch"][...] = 0xFF
+            library.run(step.kernel, [(spaces[arg.space], arg.offset) for arg in step.args], [span])
+
+    return execute(program, feeds, run)
+
+
+def execute(
+    program: Program, feeds: Mapping[str, np.ndarray], run: Callable[[Step, Mapping[str, np.ndarray]], None]
+) -> dict[str, np.ndarray]:
+    """The outputs; `run(step, bytes of each space)` runs a step. Memory is filled with NaN as soon as its value is dead."""
     spaces = {
         "arena": _memory(program.arena_bytes), "weights": _memory(program.weights_bytes),
         "scratch": _memory(program.scratch_bytes + SLACK),
@@ -88,16 +105,12 @@ def run_program(program: Program, feeds: Mapping[str, np.ndarray], splits: int =
         data = np.ascontiguousarray(feeds[tensor.name]).reshape(-1).view(np.uint8)
         spaces["arena"][tensor.location.offset : tensor.location.offset + data.size] = data
     for i, step in enumerate(program.steps):
-        assert library is not None
         dead = np.ones(program.arena_bytes, bool)
         for buffer in program.buffers:
             if buffer.first < i <= buffer.last:
                 dead[buffer.offset : buffer.offset + buffer.size] = False
         spaces["arena"][dead] = 0xFF
-        places = [(spaces[arg.space], arg.offset) for arg in step.args]
-        for span in ranges(step.tiles, splits):
-            spaces["scratch"][...] = 0xFF
-            library.run(step.kernel, places, [span])
+        run(step, spaces)
     assert (spaces["weights"] == weights).all(), "a kernel wrote into the weights"
     outputs = {}
     for tensor in program.outputs:

@@ -63,9 +63,11 @@ def _passes(target: Any) -> list[Any]:
     """TVM's own phases from scheduled TIR to flat code of one thread, in order."""
     return [
         tirx.transform.BindTarget(target),
+        s_tir.transform.LowerCrossThreadReduction(),
         s_tir.transform.LowerInitBlock(),
         s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
         s_tir.transform.ConvertBlocksToOpaque(),
+        s_tir.transform.LiftThreadBinding(),
         s_tir.transform.CompactBufferAllocation(),
         s_tir.transform.LowerMatchBuffer(),
         s_tir.transform.StmtSimplify(),

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from sparsec.errors import UnsupportedError
 from sparsec.kernels.base import roofline_us
+from sparsec.kernels.cuda.base import roofline_us as device_us
 from sparsec.kernels.emit import HALF_MAX
 from sparsec.lowering.calls import Call, Calls, check_sizes
 from sparsec.lowering.generic import lower_generic, unsupported
@@ -127,7 +128,7 @@ def _emit_generic(items: list[tuple[ir.Node, str]], calls: Calls, target: Target
             if value is not None and value.name:
                 declare(calls, value, "float32")
     machine = target.machine.single()
-    region = lower_generic(nodes, machine)
+    region = lower_generic(nodes, machine, gpu=target.gpu)
     own: dict[str, str] = {}  # the region's names -> names that are new here
     for name, (shape, dtype) in region.temporaries.items():
         own[name] = calls.value(calls.fresh(name), shape, dtype)
@@ -145,7 +146,7 @@ def _emit_generic(items: list[tuple[ir.Node, str]], calls: Calls, target: Target
         shape = next((outputs[n] for n in step.outputs if n in outputs), ())
         why = "; ".join(dict.fromkeys(reasons[n] for n in step.nodes if n in reasons))
         ops = "+".join(node.op_type for node in nodes if node.name in step.nodes)
-        us = roofline_us(machine, float(step.flops), float(step.bytes))
+        us = _generic_us(target, float(step.flops), float(step.bytes))
         calls.layers.append(
             Layer(
                 step.nodes[0] if step.nodes else "",
@@ -158,6 +159,12 @@ def _emit_generic(items: list[tuple[ir.Node, str]], calls: Calls, target: Target
                 nodes=step.nodes,
             )
         )
+
+
+def _generic_us(target: Target, flops: float, moved: float) -> float:
+    if target.gpu is not None:
+        return device_us(target.gpu, flops, moved)
+    return roofline_us(target.machine.single(), flops, moved)
 
 
 def generic_share(program: Program) -> float:

@@ -1,6 +1,7 @@
 """The generic route: what no kernel of ours claims is lowered through Relax.
 
-    onnx_ir nodes -> groups -> PrimFuncs (sparsec.lowering.primfuncs) -> loop nests (sparsec.lowering.nests) -> steps
+    onnx_ir nodes -> groups -> PrimFuncs (sparsec.lowering.primfuncs) -> loop nests (sparsec.lowering.nests; for CUDA devices
+    sparsec.lowering.device) -> steps
 
 An operator and the elementwise operators behind it form a group, which is imported, legalized and fused alone: the group
 keeps the names of its ONNX nodes, which Relax would lose. It is the route for correctness; see `nests` for its speed.
@@ -19,6 +20,8 @@ from tvm import tirx
 
 from sparsec.errors import UnsupportedError
 from sparsec.kernels.base import Machine
+from sparsec.kernels.cuda.base import Gpu
+from sparsec.lowering.device import DeviceNest, split_device
 from sparsec.lowering.nests import Nest, split_nests
 from sparsec.lowering.primfuncs import Call, Refused, Walk, group_model, import_group, last_line, shape_of
 from sparsec.program import Kernel
@@ -43,7 +46,9 @@ class ScratchBuffer:
 
 @dataclass(frozen=True)
 class GenericStep:
-    """One kernel call. `kernel.func` takes the buffers `inputs + outputs + scratch` in this order, then begin and end."""
+    """One kernel call. `kernel.func` takes the buffers `inputs + outputs + scratch` in this order, then begin and end where
+    it is a CPU's.
+    """
 
     kernel: Kernel
     inputs: tuple[str, ...]  # ONNX values, constants of the region or temporaries
@@ -64,8 +69,10 @@ class GenericRegion:
     constants: dict[str, np.ndarray] = field(repr=False)
 
 
-def lower_generic(nodes: Sequence[onnx_ir.Node], machine: Machine, opset: int | None = None) -> GenericRegion:
-    """Lower a topologically ordered convex run of nodes with static shapes.
+def lower_generic(
+    nodes: Sequence[onnx_ir.Node], machine: Machine, opset: int | None = None, gpu: Gpu | None = None
+) -> GenericRegion:
+    """Lower a topologically ordered convex run of nodes with static shapes, for `gpu` if there is one.
 
     `opset` defaults to the one that the nodes' graph imports. Raises UnsupportedError that lists every node for which
     there is no route.
@@ -73,7 +80,7 @@ def lower_generic(nodes: Sequence[onnx_ir.Node], machine: Machine, opset: int | 
     if opset is None:
         graph = nodes[0].graph if nodes else None
         opset = graph.opset_imports.get("", 17) if graph is not None else 17
-    region = _Region(machine, opset)
+    region = _Region(machine, opset, gpu)
     problems: list[str] = []
     for group in _groups(nodes):
         problems += region.add(group)
@@ -128,8 +135,9 @@ def _with_weights(node: onnx_ir.Node) -> list[onnx_ir.Node]:
 class _Region:
     """Collects the steps of the groups."""
 
-    def __init__(self, machine: Machine, opset: int) -> None:
+    def __init__(self, machine: Machine, opset: int, gpu: Gpu | None) -> None:
         self.machine = machine
+        self.gpu = gpu
         self.opset = opset
         self.steps: list[GenericStep] = []
         self.temporaries: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -175,14 +183,21 @@ class _Region:
             for nest in nests:
                 self._step(nest, buffers, users, names, walk.label)
 
-    def _nests(self, call: Call) -> tuple[list[Nest], dict[str, tuple[tuple[int, ...], str]]]:
+    def _nests(self, call: Call) -> tuple[Sequence[Nest | DeviceNest], dict[str, tuple[tuple[int, ...], str]]]:
         try:
+            if self.gpu is not None:
+                return split_device(call.func, self.gpu)
             return split_nests(call.func, self.machine.lanes)
         except (RuntimeError, ValueError, TypeError) as error:  # TVM's InternalError is a RuntimeError
             raise Refused(last_line(error)) from error
 
     def _step(
-        self, nest: Nest, buffers: dict[str, str], users: dict[str, int], names: tuple[str, ...], label: str
+        self,
+        nest: Nest | DeviceNest,
+        buffers: dict[str, str],
+        users: dict[str, int],
+        names: tuple[str, ...],
+        label: str,
     ) -> None:
         scratch = [b for b in nest.buffers if users.get(b) == 1]
         outputs = [b for b in nest.writes if b not in scratch]
@@ -198,7 +213,7 @@ class _Region:
         rooms = tuple(ScratchBuffer(buffers[b], *self.temporaries.pop(buffers[b])) for b in scratch)
         self.steps.append(
             GenericStep(
-                kernel=Kernel(name, func, label.replace("_", "+")),
+                kernel=Kernel(name, func, label.replace("_", "+"), getattr(nest, "launch", None)),
                 inputs=tuple(buffers[b] for b in inputs),
                 outputs=tuple(buffers[b] for b in outputs),
                 scratch=rooms,
