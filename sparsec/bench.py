@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from sparsec.errors import UsageError
 from sparsec.runtimes.base import Session, Stats, find_runtime, runtime_names
+from sparsec.samples import read_parity
 from sparsec.targets import suggest
-from sparsec.verify import read_parity
 
 if TYPE_CHECKING:
     import numpy as np

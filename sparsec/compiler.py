@@ -40,11 +40,12 @@ from sparsec.ports import InputSpec, input_spec
 from sparsec.preflight import preflight
 from sparsec.program import Program
 from sparsec.recipe import Recipe, load_recipe
+from sparsec.samples import parity_sample, rounding_tolerances
 from sparsec.staging import check_output, staged
 from sparsec.targets import Target, find_target, missing_features, with_precision
 from sparsec.tolerance import floors, for_sample, tolerances
 from sparsec.tuning import Lookup, read_tuning
-from sparsec.verify import parity_sample, rounding_tolerances, verify
+from sparsec.verify import verify
 
 Model = str | _os.PathLike[str] | bytes | onnx.ModelProto | ir.Model
 Calibration = str | Path | Mapping[str, np.ndarray] | Images
@@ -112,8 +113,8 @@ def compile(
     if io not in IO:
         raise UsageError(f"expected {' or '.join(IO)}, got {io!r}", "--io")
     chosen = _recipe(recipe)
-    machine = target if isinstance(target, Target) else find_target(
-        target or chosen.target or "host", cpu, os, arch, host
+    machine = (
+        target if isinstance(target, Target) else find_target(target or chosen.target or "host", cpu, os, arch, host)
     )
     machine = with_precision(machine, precision)
     if tuning is not None and precision != "f32":

@@ -1,17 +1,10 @@
-"""Proof of an artifact: parity with ONNX Runtime, fidelity to the original model, accuracy on labels.
-
-Relative error of an output is max |difference| / max |reference|, taken for each sample; the worst sample counts.
-The tolerance is derived from the model (`sparsec.tolerance`) when it is compiled and kept in the manifest. For an output
-that a QuantizeLinear reaches it is derived from the model and the sample, and nearly all elements must be within one
-quantization step (`sparsec.rounding`).
-"""
+"""Proof of an artifact: parity with ONNX Runtime (`sparsec.parity`), fidelity to the original model, accuracy on labels."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,17 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparsec.data import Data, load_data
-from sparsec.errors import ArtifactError, DataError
+from sparsec.data import load_data
+from sparsec.errors import DataError
 from sparsec.images import Images
+from sparsec.parity import Parity, tallies_of
 from sparsec.ports import InputSpec
-from sparsec.rounding import Rounding, allowed_count, beyond, rounding
-from sparsec.tolerance import derive_tolerance, floors, for_sample, tolerances
-
-__all__ = [
-    "Parity", "Verification", "derive_tolerance", "errors", "parity_sample", "print_verification", "random_sample",
-    "read_parity", "tolerances", "verify",
-]  # fmt: skip
+from sparsec.samples import own_samples
 
 if TYPE_CHECKING:
     import onnx
@@ -43,157 +31,9 @@ if TYPE_CHECKING:
     Source = str | Path | Mapping[str, np.ndarray] | Images
     Against = str | Path | bytes | onnx.ModelProto | onnx_ir.Model
 
+
 RANDOM_SAMPLES = 4  # besides the parity sample, where there is no data
 SNR_CAP = 200.0  # dB; equal arrays have no noise, and JSON no infinity
-_SEED = 20240229
-
-
-# --- one sample -----------------------------------------------------------------------------------------------------
-
-
-def random_sample(inputs: Sequence[InputSpec], seed: int = _SEED) -> Arrays:
-    """Standard normal values for floating-point and quantized inputs, random 0 and 1 for others; a pure function of the seed."""
-    rng = np.random.default_rng(seed)
-    sample = {}
-    for spec in inputs:
-        dtype = np.dtype(spec.dtype)
-        values = rng.standard_normal(spec.shape) if _real(spec) else rng.integers(0, 2, spec.shape)
-        sample[spec.name] = np.asarray(spec.stored(np.asarray(values))).astype(dtype)
-    return sample
-
-
-def _real(spec: InputSpec) -> bool:
-    """Whether an input stands for real numbers."""
-    return np.dtype(spec.dtype).kind == "f" or spec.quantization is not None
-
-
-def parity_sample(
-    model_bytes: bytes, inputs: Sequence[InputSpec], data: Data | None = None
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Inputs and ONNX Runtime's outputs in signature order for parity.bin: the first sample of `data`, or random."""
-    from sparsec.runtimes.ort import OrtSession
-
-    sample = next(iter(data)) if data is not None else random_sample(inputs)
-    sample = {spec.name: spec.stored(sample[spec.name]) for spec in inputs}
-    with OrtSession(model_bytes, where="model.onnx") as session:
-        outputs = session.run(sample)
-    return [sample[spec.name] for spec in inputs], list(outputs.values())
-
-
-def rounding_tolerances(
-    model_bytes: bytes, inputs: Sequence[InputSpec], sample: Sequence[np.ndarray], expected: Sequence[np.ndarray]
-) -> dict[str, float]:
-    """Of the outputs that a QuantizeLinear reaches: the relative tolerance in this one sample, in signature order."""
-    law = rounding(model_bytes)
-    if law is None:
-        return {}
-    by_name = dict(zip(law.signature, expected, strict=True))
-    bounds = law.bounds({spec.name: array for spec, array in zip(inputs, sample, strict=True)}, by_name)
-    return {name: min(relative_bound(bound, by_name[name]), 1e30) for name, bound in bounds.items()}
-
-
-def read_parity(artifact: Artifact) -> Arrays:
-    """The inputs in parity.bin."""
-    from sparsec.emit import HEADER_BYTES, PARITY_FORMAT
-    from sparsec.runtimes.batch import decode, tensor_bytes
-
-    where = str(artifact.path / "parity.bin")
-    ins, outs, count = tensor_bytes(artifact.inputs), tensor_bytes(artifact.outputs), len(artifact.outputs)
-    start = HEADER_BYTES + 4 * count
-    try:
-        with open(where, "rb") as file:
-            raw = file.read(start + ins + outs + 1)
-    except OSError as error:
-        raise ArtifactError(f"cannot read: {error.strerror}; compile the model again", where) from error
-    head = struct.pack("<8sIIQQ", b"SPARSECP", PARITY_FORMAT, count, ins, outs).ljust(HEADER_BYTES, b"\0")
-    if raw[:HEADER_BYTES] != head or len(raw) != start + ins + outs:
-        raise ArtifactError("does not fit the signature; compile the model again", where)
-    return decode(raw[start:], artifact.inputs)
-
-
-def errors(got: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
-    """(max |difference|, max |difference| / max |reference|); infinite where only one of the two is not finite."""
-    if got.shape != reference.shape:
-        raise DataError(f"outputs differ in shape: {list(got.shape)} and {list(reference.shape)}", "verify")
-    if not reference.size:
-        return 0.0, 0.0
-    a, b = got.astype(np.float64), reference.astype(np.float64)
-    finite = np.isfinite(a) & np.isfinite(b)
-    if not finite.all():
-        if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
-            return math.inf, math.inf
-        a, b = a[finite], b[finite]
-        if not a.size:
-            return 0.0, 0.0
-    difference, size = float(np.abs(a - b).max()), float(np.abs(b).max())
-    return difference, 0.0 if difference == 0 else (difference / size if size else math.inf)
-
-
-# --- all of it --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Steps:
-    """Elements of a quantized output that are more than one quantization step off, over all samples."""
-
-    step: float  # in the output's unit; the largest of the samples' where it depends on them
-    elements: int
-    beyond: int
-    witnessed: int  # the same of another correct implementation
-
-    @property
-    def passed(self) -> bool:
-        """Whether no more are beyond than `sparsec.rounding` allows."""
-        return self.beyond <= allowed_count(self.elements, self.witnessed)
-
-    def json(self) -> dict[str, Any]:
-        """Shares: of the artifact, of the witness, and what is required."""
-        count = max(1, self.elements)
-        required = max(0.0, 1 - allowed_count(self.elements, self.witnessed) / count)
-        return {
-            "step": _digits(self.step),
-            "within_one_step": round(1 - self.beyond / count, 6),
-            "witness_within_one_step": round(1 - self.witnessed / count, 6),
-            "required_within_one_step": round(required, 6),
-        }
-
-
-@dataclass(frozen=True)
-class Parity:
-    """One output against ONNX Runtime on the same rewritten model, worst over all samples."""
-
-    output: str
-    max_abs_error: float
-    max_relative_error: float
-    tolerance: float
-    steps: Steps | None = None  # of a quantized output
-
-    @property
-    def passed(self) -> bool:
-        """Whether the error is within the tolerance, and enough elements within one quantization step."""
-        return self.max_relative_error <= self.tolerance and (self.steps is None or self.steps.passed)
-
-    def text(self) -> str:
-        """What is wrong with an output that did not pass."""
-        if self.steps is not None and not self.steps.passed:
-            facts = self.steps.json()
-            share, required = 100 * facts["within_one_step"], 100 * facts["required_within_one_step"]
-            return f"only {share:.2f}% of the elements are within one quantization step of ONNX Runtime's, not {required:.2f}%"
-        return (
-            f"differs from ONNX Runtime by {self.max_relative_error:.3g} of the largest value,"
-            f" rounding explains {self.tolerance:.3g}"
-        )
-
-    def json(self) -> dict[str, Any]:
-        """The contract's keys; three digits are all that an error means, an infinite one is null."""
-        quantized = self.steps.json() if self.steps is not None else {}
-        return {
-            "output": self.output,
-            "max_abs_error": _digits(self.max_abs_error),
-            "max_relative_error": _digits(self.max_relative_error),
-            "tolerance": self.tolerance,
-            **quantized,
-        }
 
 
 @dataclass(frozen=True)
@@ -242,10 +82,6 @@ class Verification:
         }
 
 
-def _digits(value: float) -> float | None:
-    return float(f"{value:.3g}") if math.isfinite(value) else None
-
-
 class _Fidelity:
     """Rewritten against original model, on the first output that both have."""
 
@@ -291,14 +127,14 @@ def verify(
     from sparsec.runtimes.ort import OrtSession
 
     opened = load_data(data, artifact.inputs, preprocess) if data is not None else None
-    samples: Iterable[Arrays] = opened if opened is not None else list(_own_samples(artifact, random_samples))
+    samples: Iterable[Arrays] = opened if opened is not None else list(own_samples(artifact, random_samples))
     reals = opened.reals() if opened is not None else map(partial(_reals, artifact.inputs), samples)
     labels = opened.labels if opened is not None else None
     total = len(opened) if opened is not None else 1 + random_samples
     where = find_runtime(runtime, artifact)
     outputs = {spec.name: spec for spec in artifact.outputs}
     names = list(outputs)
-    tallies = _tallies(artifact)
+    tallies = tallies_of(artifact)
     fidelity = _Fidelity() if against is not None else None
     same = done = 0
     right = {"reference": 0, "artifact": 0}
@@ -339,79 +175,8 @@ def verify(
     )
 
 
-class _Tallies:
-    """Errors of every output over the samples."""
-
-    def __init__(self, tolerances: Mapping[str, float], law: Rounding | None, floors: Mapping[str, float]) -> None:
-        self._law = law
-        self._floors = floors
-        self._tolerances = {name: float(value) for name, value in tolerances.items()}
-        self._absolute = dict.fromkeys(tolerances, 0.0)
-        self._worst = {name: (0.0, value) for name, value in self._tolerances.items()}  # relative error, tolerance
-        self._steps = {name: Steps(0.0, 0, 0, 0) for name in (law.outputs if law is not None else ())}
-
-    def add(self, sample: Arrays, got: Arrays, wanted: Arrays) -> None:
-        """Compare one sample."""
-        witness = self._law.witness(sample) if self._law is not None else {}
-        bounds: dict[str, float] = {}  # costly, and seldom needed
-        for name in self._tolerances:
-            absolute, relative = errors(got[name], wanted[name])
-            tolerance = for_sample(self._tolerances[name], self._floors.get(name, 0.0), wanted[name])
-            if self._law is not None and name in self._steps:
-                step = self._law.step(name, sample)
-                tally, reference = self._steps[name], wanted[name]
-                self._steps[name] = Steps(
-                    max(tally.step, step),
-                    tally.elements + reference.size,
-                    tally.beyond + beyond(got[name], reference, step),
-                    tally.witnessed + beyond(witness[name], reference, step),
-                )
-                if absolute > step and not bounds:
-                    bounds = self._law.bounds(sample, wanted)
-                tolerance = relative_bound(bounds.get(name, step), reference)
-            self._absolute[name] = max(self._absolute[name], absolute)
-            if _used(relative, tolerance) > _used(*self._worst[name]) or not self._worst[name][0]:
-                self._worst[name] = (relative, tolerance)
-
-    def result(self) -> tuple[Parity, ...]:
-        """One Parity an output."""
-        return tuple(
-            Parity(name, self._absolute[name], relative, _digits(tolerance) or 0.0, self._steps.get(name))
-            for name, (relative, tolerance) in self._worst.items()
-        )
-
-
-def _tallies(artifact: Artifact) -> _Tallies:
-    import onnx
-    import onnx_ir as ir
-
-    data = (artifact.path / "model.onnx").read_bytes()
-    order = {spec.name: artifact.manifest["tolerances"][spec.name] for spec in artifact.outputs}
-    return _Tallies(order, rounding(data), floors(ir.from_proto(onnx.load_model_from_string(data))))
-
-
-def _used(error: float, tolerance: float) -> float:
-    """The part of its tolerance that an error uses."""
-    return error / tolerance if tolerance else math.inf if error else 0.0
-
-
-def relative_bound(bound: float, reference: np.ndarray) -> float:
-    """`bound` relative to max |reference|; float arithmetic around a step may add a thousandth."""
-    size = float(np.abs(reference.astype(np.float64)).max(initial=0))
-    return 1.001 * bound / size if size else math.inf
-
-
 def _top1(output: np.ndarray) -> int:
     return int(output.reshape(-1).argmax()) if output.size else -1
-
-
-def _own_samples(artifact: Artifact, count: int) -> Iterator[Arrays]:
-    """The parity sample, then the same integers with random real values."""
-    sample = read_parity(artifact)
-    yield sample
-    for i in range(count):
-        drawn = random_sample(artifact.inputs, _SEED + 1 + i)
-        yield {spec.name: (drawn if _real(spec) else sample)[spec.name] for spec in artifact.inputs}
 
 
 def _open_against(against: Against | None, reference: OrtSession) -> OrtSession:

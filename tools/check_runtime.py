@@ -88,8 +88,8 @@ def lower_model(model: str, passes: Sequence[str], folder: Path) -> None:
     from sparsec.loading import model_bytes
     from sparsec.lowering import lower
     from sparsec.ports import InputSpec
+    from sparsec.samples import parity_sample
     from sparsec.tolerance import tolerances
-    from sparsec.verify import parity_sample
 
     target = find_target("host", CPU)
     rewritten = rewrite(model, passes=passes)

@@ -18,9 +18,11 @@ from samples import pair_artifact, pair_inputs, pair_model
 import sparsec
 from sparsec.artifact import Artifact
 from sparsec.errors import ArtifactError, DataError, ModelError
+from sparsec.parity import errors
+from sparsec.samples import random_sample, read_parity
 from sparsec.targets import find_target
-from sparsec.tolerance import CEILING, SIGMOID_ERROR, UNIT_ROUNDOFF, floors, for_sample
-from sparsec.verify import Verification, derive_tolerance, errors, random_sample, read_parity, tolerances, verify
+from sparsec.tolerance import CEILING, SIGMOID_ERROR, UNIT_ROUNDOFF, derive_tolerance, floors, for_sample, tolerances
+from sparsec.verify import Verification, verify
 
 
 def arrays(count: int) -> dict[str, np.ndarray]:
