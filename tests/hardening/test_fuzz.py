@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import shutil
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
-from fuzz import graphs, run, targets
+from fuzz import campaign, graphs, run, targets
 from fuzz.c import run as c_run
 from fuzz.mutations import mutate_bytes, mutate_model
 from sparsec.errors import ModelError
@@ -51,15 +52,30 @@ def test_random_graphs() -> None:
     assert counts["outputs"] >= 8
 
 
+def test_random_graphs_vary() -> None:
+    facts = graphs.draw(250, start=3)
+    kinds = {
+        kind: {name for name in facts if name.startswith(kind + " ")} for kind in ("family", "type", "opset", "rank")
+    }
+    assert {kind: len(names) for kind, names in kinds.items()} == {"family": 5, "type": 8, "opset": 10, "rank": 6}
+    assert sum(name.startswith("operator ") for name in facts) > 70
+    assert facts["broadcasts"] > 25
+    assert sum(name.startswith("pass ") for name in facts) > 7
+
+
 def test_a_wrong_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsec import inprocess
 
-    text = '<ir_version: 8, opset_import: ["" : 21]> g (float[3,4] x, int32[5] i) => (float[3,4] y, int32[5] j) { y = Exp(x) j = Neg(i) }'
+    text = """<ir_version: 8, opset_import: ["" : 21]> g (float[3,4] x, int32[5] i, float16[8,8] h)
+        => (float[3,4] y, int32[5] j, float16[8,8] k, uint8[3,4] q) <float s = {0.05}, uint8 z = {131}>
+        { y = Exp(x) j = Neg(i) k = Neg(h) t = Tanh(x) q = QuantizeLinear(t, s, z) }"""
     model, good = onnx.parser.parse_model(text), inprocess.InProcess.run
     graphs.compare(model, (), Counter())
     for name, wrong in (
         ("y", lambda a: a * np.float32(1 + 1e-5)),
         ("j", lambda a: a + np.arange(5, dtype=a.dtype) // 4),
+        ("k", lambda a: a * np.float16(1.02)),
+        ("q", lambda a: a + np.uint8(2)),
     ):
 
         def run_wrongly(self: Any, feeds: Any, name: str = name, wrong: Any = wrong) -> Any:
@@ -69,6 +85,20 @@ def test_a_wrong_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(inprocess.InProcess, "run", run_wrongly)
         with pytest.raises(graphs.Mismatch, match=name):
             graphs.compare(model, (), Counter())
+
+
+def test_a_campaign_counts_and_goes_on(tmp_path: Path) -> None:
+    good = campaign.Harness("good", 0.5, "fuzz.run tuning --runs 20 --seconds {seconds} --seed {seed} --keep {keep}")
+    bad = campaign.Harness("bad", 0.5, "fuzz.run --no-such-option {seed}{seconds}{keep}")
+    log = tmp_path / "log"
+    first = [next(campaign.slices(log, 10, [good, bad], 60, tmp_path)) for _ in range(2)]
+    assert [(r["harness"], r["seed"], bool(r["status"])) for r in first] == [("good", 1, False), ("bad", 1, True)]
+    assert first[0]["executions"] == 20
+    assert 0 < first[0]["cpu"] < 30
+    third = next(campaign.slices(log, 10, [good, bad], 60, tmp_path, resume=True))
+    assert third["seed"] == 2
+    assert campaign.read(log) == [*first, third]
+    assert "| bad | 0 |" in campaign.summary(campaign.read(log))
 
 
 @pytest.mark.skipif(not (shutil.which("gcc") or shutil.which("clang")), reason="neither gcc nor clang is here")
