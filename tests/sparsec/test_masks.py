@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from command_line import Run
 from samples import pair_model
 
 from sparsec.errors import DataError, ModelError
@@ -19,8 +19,6 @@ from sparsec.npz import write_npz
 from sparsec.passes import Prune
 from sparsec.passes.layers import weighted_layers
 from sparsec.soup import average, check_alike, soup
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 def pruned(block: str = "4x1", sparsity: float = 0.5) -> ir.Model:
