@@ -108,8 +108,8 @@ template <class T, int COUNT> static __device__ __forceinline__ void sparsec_wri
 /* 16 bytes of registers to shared memory at a multiple of 16. */
 static __device__ __forceinline__ void sparsec_put16(void *to, const half *from) { *(uint4 *)to = *(const uint4 *)from; }
 
-/* Exchange within the 4 lanes of a quad: lane t gets r[i] = what lane i had as r[t]. */
-static __device__ __forceinline__ void sparsec_quad_transpose(unsigned *r) {
+/* Exchange within the 4 lanes of a quad, in blocks of one axis: lane t gets r[i] = what lane i had as r[t]. */
+static __device__ __forceinline__ void sparsec_quad_transpose(float *r) {
     unsigned t = threadIdx.x % 4;
 #pragma unroll
     for (int step = 1; step <= 2; step++) {
@@ -117,7 +117,7 @@ static __device__ __forceinline__ void sparsec_quad_transpose(unsigned *r) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             if (i & step) continue;
-            unsigned out = up ? r[i] : r[i + step], in = __shfl_xor_sync(0xffffffff, out, step);
+            float out = up ? r[i] : r[i + step], in = __shfl_xor_sync(0xffffffff, out, step);
             if (up) r[i] = in; else r[i + step] = in;
         }
     }

@@ -62,12 +62,19 @@ def _launch(axes: list[tuple[str, int]], found: list[Any], then: Callable[[list[
 
 def shared(count: int, dtype: str = "float32") -> Any:
     """`count` elements that the threads of a block share; undefined at the start of a block."""
-    return T.alloc_buffer((count,), dtype, scope="shared")
+    return _whole(T.alloc_buffer((count,), dtype, scope="shared"), count)
 
 
 def local(count: int, dtype: str = "float32") -> Any:
     """`count` elements of one thread: registers where every index is a constant."""
-    return T.alloc_buffer((count,), dtype, scope="local")
+    return _whole(T.alloc_buffer((count,), dtype, scope="local"), count)
+
+
+def _whole(buffer: Any, count: int) -> Any:
+    """`buffer`, kept at its size: TVM shrinks it to the elements it sees, and does not see what a function gets by address."""
+    for index in {0, count - 1}:
+        T.evaluate(address(buffer, index))
+    return buffer
 
 
 def barrier() -> None:
