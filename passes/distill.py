@@ -294,8 +294,9 @@ def distill(
         loss = _loss(task, feeds, built, settings)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights.parameters(), 10.0)
-        optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(weights.parameters(), 10.0)
+        if torch.isfinite(norm):  # one sample without a gradient must not end the training of all weights
+            optimizer.step()
         steps, seen = steps + 1, seen + len(indices)
         fade = min(settings.average, steps / (steps + 9))
         with torch.no_grad():

@@ -44,6 +44,11 @@ def _fold(function: Function) -> Callable[[Spec], Function]:
     return make
 
 
+def _sqrt(x: Tensor) -> Tensor:
+    """With a derivative of 0 at 0, where torch's is infinite: the magnitude of a spectrum of silence, sqrt(re^2 + im^2)."""
+    return torch.where(x == 0, x.detach(), torch.where(x == 0, torch.ones_like(x), x).sqrt())
+
+
 def _mean(spec: Spec) -> Function:
     return lambda *x: _fold(torch.add)(spec)(*x) / len(x)
 
@@ -383,7 +388,7 @@ OPERATORS: dict[str, Callable[[Spec], Function]] = {
     "Mish": _unary(F.mish), "Neg": _unary(torch.neg), "Not": _unary(torch.logical_not),
     "Reciprocal": _unary(torch.reciprocal), "Relu": _unary(F.relu), "Round": _unary(torch.round),
     "Sigmoid": _unary(torch.sigmoid), "Sign": _unary(torch.sign), "Sin": _unary(torch.sin),
-    "Softplus": _unary(F.softplus), "Softsign": _unary(F.softsign), "Sqrt": _unary(torch.sqrt),
+    "Softplus": _unary(F.softplus), "Softsign": _unary(F.softsign), "Sqrt": _unary(_sqrt),
     "Tanh": _unary(torch.tanh), "Identity": _unary(lambda x: x), "Dropout": _unary(lambda x, *_: x),
     "Celu": _celu, "Elu": _elu, "Gelu": _gelu, "HardSigmoid": _hard_sigmoid, "LeakyRelu": _leaky_relu, "Selu": _selu,
     "Swish": _swish, "ThresholdedRelu": _thresholded_relu, "Clip": _clip, "Cast": _cast,

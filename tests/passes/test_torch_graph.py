@@ -290,6 +290,16 @@ def test_gradients_reach_weights_and_match_differences() -> None:
     assert torch.autograd.gradcheck(loss, (weight,))
 
 
+def test_the_magnitude_of_nothing_has_a_gradient() -> None:
+    graph = TorchGraph(case("a = Conv(x, w3, b4) s = Mul(a, a) y = Sqrt(s)"))
+    weight = graph.constants["w3"].requires_grad_()
+    x = torch.from_numpy(f32(2, 2, 6, 9, 8))
+    y = graph.run({"x": torch.cat([x, torch.zeros_like(x)])}, weights={"w3": weight, "b4": torch.zeros(4)})["y"]
+    assert (y[2:] == 0).all()
+    y.sum().backward()
+    assert torch.isfinite(weight.grad).all() and weight.grad.abs().max() > 0
+
+
 def test_values_given_cut_the_graph_in_front_of_them() -> None:
     model = case("a = Conv(x, w3, b4) b = Relu(a) y = GlobalAveragePool(b)")
     graph = TorchGraph(model)
