@@ -314,15 +314,14 @@ def stacked(samples: Samples) -> Samples:
 
 def speed_rows(given: Case, shares: list[float], rounds: int, keep: Path) -> Iterator[dict[str, Any]]:
     """Compiled for this machine with ranks of at least 16: measured speed-up of the whole model (in turns) and of the layers
-    that were factorized (their steps called one by one), over the one that multiply-adds promise. `model promised`: of the
-    whole, when what is no multiply-add of a factorized layer takes the time that it took."""
+    that were factorized (their steps called one by one), over the one that multiply-adds promise: all of the model's, those
+    of two activations too. `by time`: of the whole, when what was not factorized takes the time that it took."""
     from bench.layers import layer_times
 
     import sparsec
     from sparsec.bench import faster
     from sparsec.loading import load_model
     from sparsec.lowering import lower
-    from sparsec.passes.allocate import positions
     from sparsec.passes.layers import weighted_layers
     from sparsec.ports import input_spec
     from sparsec.targets import find_target
@@ -335,10 +334,6 @@ def speed_rows(given: Case, shares: list[float], rounds: int, keep: Path) -> Ite
             sparsec.compile(given.load(), "host", threads=1, passes=passes, calibration=data, output=where)
         return sparsec.load(where)
 
-    def multiply_adds(made: Any) -> dict[str, float]:
-        layers = weighted_layers(load_model(made.path / "model.onnx"))
-        return {layer.name: float(np.count_nonzero(layer.read()) * positions(layer)) for layer in layers}
-
     def times(made: Any) -> dict[str, float]:
         model = load_model(made.path / "model.onnx")
         specs = [input_spec(value) for value in model.graph.inputs]
@@ -348,25 +343,36 @@ def speed_rows(given: Case, shares: list[float], rounds: int, keep: Path) -> Ite
     dense = artifact("dense", [])
     for share in shares:
         made = artifact(f"{share}", [f"factorize:flops={share},multiple=16,{SPEED}"])
-        details = next(record["details"] for record in made.manifest["passes"] if record["name"] == "factorize")
-        changed = [row["layer"] for row in details if "form" in row]
-        before, after = multiply_adds(dense), multiply_adds(made)
+        first, second = (load_model(m.path / "model.onnx") for m in (dense, made))
+        before, after = multiply_adds(first), multiply_adds(second)
+        kept = {layer.name for layer in weighted_layers(second)}
+        changed = [layer.name for layer in weighted_layers(first) if layer.name not in kept]
         promised, measured = sum(before.values()) / sum(after.values()), faster(dense, made, rounds)
         row = {
-            "model": given.name, "asked": share, "layers": f"{len(changed)} of {len(before)}", "multiply-adds": promised,
-            "measured": measured, "of them": measured / promised,
+            "model": given.name, "asked": share, "layers": f"{len(changed)} of {len(list(weighted_layers(first)))}",
+            "multiply-adds": promised, "measured": measured, "of them": measured / promised,
         }  # fmt: skip
         if changed:
-            parts = [name for name in after if name.rpartition("/")[0] in changed]
+            parts = [name for name in after if name not in before]
             old, new = times(dense), times(made)
             promised = sum(before[n] for n in changed) / sum(after[n] for n in parts)
             measured = sum(old[n] for n in changed) / sum(new[n] for n in parts)
-            # What the model would gain if these layers took as much less time as they have fewer multiply-adds.
-            share = sum(old[n] for n in changed) / sum(old.values())
-            whole = 1 / (1 - share + share / promised)
-            row |= {"share of time": share, "model promised": whole, "of it": row["measured"] / whole}
+            share_of_time = sum(old[n] for n in changed) / sum(old.values())
+            row |= {"share of time": share_of_time, "by time": 1 / (1 - share_of_time + share_of_time / promised)}
             row |= {"layers multiply-adds": promised, "layers measured": measured, "layers of it": measured / promised}
         yield row
+
+
+def multiply_adds(model: Any) -> dict[str, float]:
+    """Of every node that has any, by name: of a constant weight where it is not zero, of two activations all."""
+    from sparsec.passes.allocate import positions
+    from sparsec.passes.layers import weighted_layers
+
+    found = {layer.name: float(np.count_nonzero(layer.read()) * positions(layer)) for layer in weighted_layers(model)}
+    for node in model.graph:
+        if node.op_type == "MatMul" and node.name not in found:
+            found[node.name] = float(np.prod(node.outputs[0].shape.numpy())) * int(node.inputs[0].shape[-1])
+    return found
 
 
 # ---- parity
