@@ -63,6 +63,7 @@ class RowGroups:
     """Emits what a group of rows does. The arithmetic stands in the methods up to `finished_rows`."""
 
     machine: Machine
+    oc: int  # rows
     packed: Packed
     tiling: Tiling
     activation: Activation
@@ -73,6 +74,10 @@ class RowGroups:
     unroll: int  # blocks
     panel: int  # elements of scratch before the sums that rest
     buffers: dict[str, Any]  # by role, while the kernel is written
+
+    def parts_of(self, pixels: int, rows: int) -> tuple[Part, ...]:
+        """What covers `pixels` of a tile in a group of `rows` rows."""
+        return self.tiling.parts_of(pixels, rows)
 
     def multiply_add(self, total: Any, weights: Any, activations: Any) -> Any:
         """A sum and one more term."""
@@ -92,7 +97,7 @@ class RowGroups:
 
     def _group(self, first_row: Any, rows: int, parts: tuple[Part, ...], out: Any, terms: Terms, stage: Stage) -> None:
         """Add `terms` to rows first_row .. first_row + rows of one tile."""
-        count = 1 if self.limit else chains(self.machine, rows, parts)
+        count = 1 if self.limit else self._sets(rows, parts)
         shape = [part.vectors(rows) for part in parts], [part.lanes for part in parts]
         sets = [emit.Accumulators(*shape, self.element) for _ in range(count)]
         bias, scratch = self.buffers.get("bias"), self.buffers["scratch"]
@@ -132,6 +137,12 @@ class RowGroups:
         for more in sets[1:]:
             sets[0].fill(lambda i, p, more=more: sets[0].get(i, p) + more.get(i, p))
         stage.choose(stage.last, finished, unfinished)
+
+    def _sets(self, rows: int, parts: tuple[Part, ...]) -> int:
+        """Sets of accumulators: in the last, narrower group as many as in others, so that equal rows have equal sums."""
+        if rows < self.packed.rows <= self.oc:
+            rows, parts = self.packed.rows, self.parts_of(sum(part.valid for part in parts), self.packed.rows)
+        return chains(self.machine, rows, parts)
 
     def store_sums(
         self, get: Callable[[int, int], Any], first_row: Any, rows: int, parts: tuple[Part, ...], out: Any

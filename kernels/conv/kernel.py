@@ -87,10 +87,6 @@ class Convolution(RowGroups):
         """Where in a prepared image each panel row begins, elements."""
         return self.geometry.tap_offsets()[self.packed.live]
 
-    def parts_of(self, pixels: int, rows: int) -> tuple[Part, ...]:
-        """What covers `pixels` of a tile in a group of `rows` rows."""
-        return self.tiling.parts_of(pixels, rows)
-
     def trips(self) -> Any:
         """Columns of a dense pass."""
         return self.packed.depth
