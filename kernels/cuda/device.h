@@ -122,3 +122,38 @@ static __device__ __forceinline__ void sparsec_quad_transpose(float *r) {
         }
     }
 }
+
+/* BYTES (4, 8, 16) of a constant at a multiple of as many. */
+template <int BYTES> static __device__ __forceinline__ void sparsec_get(void *to, const void *from) {
+    if (BYTES == 16) *(uint4 *)to = *(const uint4 *)from;
+    else if (BYTES == 8) *(uint2 *)to = *(const uint2 *)from;
+    else *(unsigned *)to = *(const unsigned *)from;
+}
+
+/* Adds to a sum in shared memory that no other thread touches before the next barrier of the warp. */
+static __device__ __forceinline__ void sparsec_add(float *to, float value) { *to += value; }
+
+/* *sum becomes the sum over the 4 lanes of a quad, in each of them. */
+static __device__ __forceinline__ void sparsec_quad_sum(float *sum) {
+    *sum += __shfl_xor_sync(0xffffffff, *sum, 1);
+    *sum += __shfl_xor_sync(0xffffffff, *sum, 2);
+}
+
+static __device__ __forceinline__ unsigned sparsec_minus(unsigned pair, half centre) {
+    half2 whole, off = __halves2half2(centre, centre);
+    *(unsigned *)&whole = pair;
+    whole = __hsub2(whole, off);
+    return *(unsigned *)&whole;
+}
+
+/* Four registers of operand A out of integers: 1024 + u is u in the low bits of a float16, of which a centre is taken off,
+   centres[0] in registers 0 and 2, centres[1] in 1 and 3. Nibbles i and i + 4 of a word make register i; of bytes, two. */
+static __device__ __forceinline__ void sparsec_widen4(unsigned *a, const int *word, const half *centres) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) a[i] = sparsec_minus(((unsigned)*word >> (4 * i) & 0x000f000fu) | 0x64006400u, centres[i % 2]);
+}
+static __device__ __forceinline__ void sparsec_widen8(unsigned *a, const int *words, const half *centres) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        a[i] = sparsec_minus(__byte_perm((unsigned)words[i / 2], 0x64646464u, i % 2 ? 0x4342 : 0x4140), centres[i % 2]);
+}

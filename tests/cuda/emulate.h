@@ -70,6 +70,13 @@ static inline half __ushort_as_half(ushort x) { half r; memcpy(&r, &x, 2); retur
 static inline half __hmax(half a, half b) { return a > b || b != b ? a : b; }
 static inline half __hmin(half a, half b) { return a < b || b != b ? a : b; }
 static inline half __hfma(half a, half b, half c) { return (half)fma((double)a, (double)b, (double)c); }
+static inline half2 __hsub2(half2 a, half2 b) { return {(half)(a.x - b.x), (half)(a.y - b.y)}; }
+static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    unsigned long long both = (unsigned long long)y << 32 | x;
+    unsigned r = 0;
+    for (int i = 0; i < 4; i++) r |= (unsigned)(both >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
+    return r;
+}
 static inline half hexp(half x) { return (half)expf((float)x); }
 static inline half hsqrt(half x) { return (half)sqrtf((float)x); }
 static inline unsigned __float_as_uint(float x) { unsigned r; memcpy(&r, &x, 4); return r; }
