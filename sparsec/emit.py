@@ -9,6 +9,7 @@ import hashlib
 import re
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata, resources
 
 import numpy as np
@@ -95,7 +96,8 @@ def scratch_bytes(program: Program) -> int:
     return _up(program.scratch_bytes + SLACK) if used else 0
 
 
-def _place(arg: Arg) -> str:
+def place(arg: Arg) -> str:
+    """C text of a `sparsec_place`."""
     return f"SPARSEC_{arg.space.upper()}({arg.offset})"
 
 
@@ -112,7 +114,7 @@ def _port(tensor: Tensor) -> str:
     )
     numbers = f"{float(np.float32(scale))!r}F, {zero}"  # all digits: the nearest float32 is this one
     fields = f"{c_string(tensor.name)}, {code}, {rank}, {{{', '.join(map(str, dims))}}}, {tensor.size}, {numbers}"
-    return f"    {{{{{fields}}}, {_place(tensor.location)}}},"
+    return f"    {{{{{fields}}}, {place(tensor.location)}}},"
 
 
 def _array(kind: str, name: str, rows: list[str], default: str) -> list[str]:
@@ -130,6 +132,7 @@ def program_source(
 ) -> str:
     """The generated C table of `program`. Kernels are external functions called `kernel_prefix` + name.
 
+    A program for a CUDA device has its steps in a table of its own (`sparsec.cuda.table`).
     `embedded_bytes`: size of the symbol `sparsec_embedded_weights`, 0 where weights are a file.
     """
     for kernel in program.kernels:
@@ -138,15 +141,16 @@ def program_source(
     if not 1 <= threads <= 256:
         raise BuildError(f"expected 1 to 256, got {threads}", "threads")
     lines = ['#include "internal.h"', "", "#pragma GCC visibility push(hidden)"]
-    lines += [f"sparsec_kernel {kernel_prefix}{kernel.name};" for kernel in program.kernels]
+    on_cpu = program if program.target.gpu is None else replace(program, kernels=(), steps=())
+    lines += [f"sparsec_kernel {kernel_prefix}{kernel.name};" for kernel in on_cpu.kernels]
     if embedded_bytes:
         lines.append(f"extern const unsigned char sparsec_embedded_weights[{embedded_bytes}];")
     lines += ["#pragma GCC visibility pop", ""]
     steps = []
-    for step in program.steps:
+    for step in on_cpu.steps:
         if len(step.args) > MAX_ARGS:
             raise BuildError(f"a step takes at most {MAX_ARGS} pointers, got {len(step.args)}", step.kernel)
-        places = [*map(_place, step.args), *["SPARSEC_NOWHERE"] * (MAX_ARGS - len(step.args))]
+        places = [*map(place, step.args), *["SPARSEC_NOWHERE"] * (MAX_ARGS - len(step.args))]
         steps.append(f"    {{{kernel_prefix}{step.kernel}, {step.tiles}, {{{', '.join(places)}}}}},")
     lines += _array("sparsec_step", "steps", steps, "    {0}")
     lines += _array("sparsec_port", "inputs", [_port(t) for t in program.inputs], "    {{0}, 0}")
@@ -160,7 +164,7 @@ def program_source(
         f"    .arena_bytes = {arena_bytes(program)},",
         f"    .scratch_bytes = {scratch_bytes(program)},",
         f"    .threads = {threads},",
-        f"    .steps_count = {len(program.steps)},",
+        f"    .steps_count = {len(on_cpu.steps)},",
         f"    .inputs_count = {len(program.inputs)},",
         f"    .outputs_count = {len(program.outputs)},",
         "    .steps = steps,",
@@ -181,11 +185,13 @@ def program_digest(program: Program, objects: Sequence[bytes]) -> bytes:
     return digest.digest()
 
 
-def model_header(name: str) -> str:
-    """model.h: the API of runtimes/c/sparsec.h under the model's prefix."""
+def model_header(name: str, cuda: bool = False) -> str:
+    """model.h: the API of runtimes/c/sparsec.h under the model's prefix. cuda: with what only models for CUDA have."""
     text = resources.files("sparsec.runtimes.c").joinpath("sparsec.h").read_text(encoding="utf-8")
     types = text.split("/* types: begin */\n")[1].split("/* types: end */\n")[0]
-    functions = text.split("/* functions: begin */\n")[1].split("/* functions: end */\n")[0].replace("SPARSEC_API ", "")
+    sections = ("functions", "cuda") if cuda else ("functions",)
+    parts = [text.split(f"/* {s}: begin */\n")[1].split(f"/* {s}: end */\n")[0] for s in sections]
+    functions = "\n".join(parts).replace("SPARSEC_API ", "")
     names = re.findall(r"\b(sparsec_\w+)\(", functions)
     prefix = c_prefix(name)
     guard = f"{prefix.upper()}_SPARSEC_H"
