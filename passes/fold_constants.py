@@ -28,7 +28,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes import common
 
-from sparsec.errors import ModelError
+from sparsec.errors import ModelError, one_line
 from sparsec.passes.control_flow import UNROLL_STEPS, LoopState, inline_branch, peel_loop, too_long, unroll_scan
 from sparsec.passes.windows import resolve_ceil_mode
 from sparsec.passes_api import Context, Pass, PassResult
@@ -247,8 +247,9 @@ class _Walk:
                 schema, ir.to_proto(node), types, data, opset_imports=opsets, ir_version=self.ir_version
             )
         except onnx.shape_inference.InferenceError as error:
-            text = " ".join(str(error).split())
-            raise ModelError(f"{node.op_type} does not fit its inputs: {text[:300]}", f"node {node.name!r}") from error
+            raise ModelError(
+                f"{node.op_type} does not fit its inputs: {one_line(error)}", f"node {node.name!r}"
+            ) from error
         except (onnx.defs.SchemaError, KeyError):
             return
         for output in node.outputs:

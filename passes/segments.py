@@ -23,7 +23,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from sparsec.errors import ModelError
+from sparsec.errors import ModelError, one_line
 
 BATCH = 16  # samples a call: enough to fill a matrix product, few enough for the widest activation
 SAME = 1e-3  # of the largest value: batching reorders sums, a wrong batching gives other numbers altogether
@@ -191,8 +191,9 @@ def _session(
     try:
         return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # pybind classes without a common base
-        text = " ".join(str(error).split())[:200]
-        raise ModelError(f"ONNX Runtime does not load a piece of the model: {text}", ", ".join(ends)) from error
+        raise ModelError(
+            f"ONNX Runtime does not load a piece of the model: {one_line(error, 200)}", ", ".join(ends)
+        ) from error
 
 
 def _leading_ones(nodes: Sequence[ir.Node]) -> dict[str, np.ndarray]:

@@ -37,6 +37,11 @@ def _readable(text: str) -> str:
     return _LONG.sub(lambda word: f"{word[0][:200]}...{word[0][-100:]}", text)
 
 
+def one_line(text: object, most: int = 300) -> str:
+    """What other code said (an error, a tool's output), on one line of at most `most` characters."""
+    return " ".join(str(text).split())[:most]
+
+
 class UsageError(SparsecError):
     """An option or argument is wrong, or would overwrite something."""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from sparsec.codegen import compile_kernels
-from sparsec.errors import BuildError, DataError, RuntimeUnavailable
+from sparsec.errors import BuildError, DataError, RuntimeUnavailable, one_line
 from sparsec.program import ALIGNMENT, MAX_ARGS, SLACK, Kernel, Program, Tensor
 from sparsec.runtimes.base import machine_arch
 from sparsec.targets import Target
@@ -54,7 +54,7 @@ def _link(kernels: tuple[Kernel, ...], target: Target) -> ctypes.CDLL:
         command = [sys.executable, "-m", "ziglang", "ld.lld", "-shared", str(code), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise BuildError(f"kernels cannot be linked: {' '.join(done.stderr.split())[:400]}", target.name)
+            raise BuildError(f"kernels cannot be linked: {one_line(done.stderr, 400)}", target.name)
         return ctypes.CDLL(str(library))
 
 

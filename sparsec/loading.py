@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from sparsec import isolation
-from sparsec.errors import ModelError, SparsecError, UsageError
+from sparsec.errors import ModelError, SparsecError, UsageError, one_line
 from sparsec.exchange import pack, unpack
 from sparsec.external_data import ExternalFiles
 from sparsec.isolation import Allowance, Worker, call
@@ -169,8 +169,7 @@ def vet_task(worker: Worker, header: dict[str, Any], parts: list[memoryview]) ->
     except MemoryError:
         raise
     except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        raise ModelError(f"ONNX Runtime does not load it: {text}", header["where"]) from error
+        raise ModelError(f"ONNX Runtime does not load it: {one_line(error)}", header["where"]) from error
     worker.answer({})
 
 

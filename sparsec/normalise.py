@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from sparsec.errors import ModelError, SparsecError
+from sparsec.errors import ModelError, SparsecError, one_line
 from sparsec.exchange import mapped, without_data
 from sparsec.external_data import Extent
 from sparsec.input_shapes import drop_initializer_inputs, fix_shapes
@@ -80,8 +80,8 @@ def load_here(
     except (SparsecError, MemoryError):
         raise
     except Exception as error:  # what onnx.checker lets through and the libraries below then stumble over
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ModelError(f"cannot be normalised: {text[:300]}", read.where) from error
+        text = one_line(f"{type(error).__name__}: {error}")
+        raise ModelError(f"cannot be normalised: {text}", read.where) from error
 
 
 def _load(

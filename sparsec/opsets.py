@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import helper, inliner, numpy_helper, version_converter
 
-from sparsec.errors import ModelError, UnsupportedError
+from sparsec.errors import ModelError, UnsupportedError, one_line
 from sparsec.functions import function_body
 from sparsec.passes.import_qoperator import IMPORTED
 
@@ -50,7 +50,7 @@ def inline_functions(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
         try:
             proto = inliner.inline_local_functions(proto)
         except Exception as error:
-            raise ModelError(f"its functions cannot be inlined: {_line(error)}", where) from error
+            raise ModelError(f"its functions cannot be inlined: {one_line(error)}", where) from error
     problems = [
         f"{node.op_type} {node.name!r} of domain {node.domain!r}"
         for node in all_nodes(proto.graph)
@@ -68,7 +68,7 @@ def inline_functions(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
             proto = inliner.inline_selected_functions(proto, [("", op) for op in found], inline_schema_functions=True)
         except Exception as error:  # ONNX's inliner fails where an input is left out
             if not _inline_bodies(proto):
-                raise UnsupportedError(f"{', '.join(found)} cannot be expanded: {_line(error)}", where) from error
+                raise UnsupportedError(f"{', '.join(found)} cannot be expanded: {one_line(error)}", where) from error
         if sum(1 for _ in all_nodes(proto.graph)) == before:
             break
     return proto
@@ -130,7 +130,7 @@ def to_working_opset(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
         try:
             proto = version_converter.convert_version(proto, OPSET)
         except Exception as error:
-            what = f"cannot be upgraded from opset {version} to {OPSET}: {_line(error)}"
+            what = f"cannot be upgraded from opset {version} to {OPSET}: {one_line(error)}"
             raise UnsupportedError(f"{what}; export it again at opset 18 or later", where) from error
     elif version > OPSET:
         _replace_newer(proto, version)
@@ -172,10 +172,6 @@ def _newer(node: onnx.NodeProto, version: int) -> str:
 
 def _default(attribute: onnx.defs.OpSchema.Attribute) -> tuple[Any, ...]:
     return attribute.type, attribute.required, attribute.default_value.SerializeToString()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 # ---- operators newer than OPSET

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes import PassResult
 
 from sparsec.data import load_data
-from sparsec.errors import CheckError, RecipeError, SparsecError, UsageError
+from sparsec.errors import CheckError, RecipeError, SparsecError, UsageError, one_line
 from sparsec.exchange import large, without_data
 from sparsec.loading import model_bytes
 from sparsec.pass_specs import PassStep, as_step
@@ -95,8 +95,7 @@ def _run(model: ir.Model, step: PassStep, context: Context) -> tuple[ir.Model, d
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         if isinstance(cause, SparsecError):
             raise cause from error
-        text = " ".join(str(cause).split())[:300]
-        raise RecipeError(f"failed with {type(cause).__name__}: {text} ({step.origin})", where) from error
+        raise RecipeError(f"failed with {type(cause).__name__}: {one_line(cause)} ({step.origin})", where) from error
     finally:
         model.meta.pop(META_KEY, None)
     assert isinstance(result, PassResult)
@@ -133,15 +132,15 @@ def _check(model: ir.Model, data: bytes | None, step: PassStep) -> None:
     try:
         onnx.checker.check_model(without_data(model) if data is None else data, full_check=True)
     except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        raise CheckError(f"left an invalid ONNX model: {text} ({step.origin})", where) from error
+        raise CheckError(f"left an invalid ONNX model: {one_line(error)} ({step.origin})", where) from error
     if data is None:  # more than a session can be given
         return
     try:
         quiet_session(data)
     except Exception as error:
-        text = " ".join(str(error).split())[:300]
-        raise CheckError(f"left a model that ONNX Runtime does not load: {text} ({step.origin})", where) from error
+        raise CheckError(
+            f"left a model that ONNX Runtime does not load: {one_line(error)} ({step.origin})", where
+        ) from error
 
 
 # ---- equality

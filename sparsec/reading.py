@@ -23,7 +23,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
-from sparsec.errors import ModelError
+from sparsec.errors import ModelError, one_line
 from sparsec.external_data import Extent, ExternalFiles, tensor_bits, tensor_bytes, tensor_elements
 from sparsec.limits import DEFAULT, Limits
 
@@ -102,8 +102,7 @@ def check_proto(model: onnx.ModelProto, where: str) -> None:
     try:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        raise ModelError(f"not a valid ONNX model: {text[:400]}", where) from error
+        raise ModelError(f"not a valid ONNX model: {one_line(error, 400)}", where) from error
     finally:
         for kind in unranked:
             kind.ClearField("shape")
