@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -29,9 +30,11 @@ __all__ = ["build", "c_prefix", "model_header", "pack_parity", "program_source",
 
 Progress = Callable[[str], None]
 
-COMMON_SOURCES = ("weights.c", "steps.c", "signature.c")  # every executor's
+COMMON_SOURCES = ("open.c", "weights.c", "steps.c", "signature.c")  # every executor's
 LIBRARY_SOURCES = ("runtime.c", *COMMON_SOURCES, "threads.c", "features.c")
+CUDA_SOURCES = ("cuda.c", "cuda_run.c", "cuda_driver.c", *COMMON_SOURCES, "threads.c", "features.c")  # needs -ldl
 HEADERS = ("sparsec.h", "internal.h", "platform.h")
+CUDA_HEADERS = (*HEADERS, "cuda.h", "cuda_driver.h", "cuda_model.h")
 KERNEL_PREFIX = "sparsec_kernel_"  # before the name of everything that the kernels' object defines
 PAGE_BYTES = 65536  # alignment of segments: serves systems with pages of 4, 16 and 64 kB
 
@@ -87,18 +90,24 @@ def _build(
     program: Program, work: Path, directory: Path, prefix: str, threads: int, embed_weights: bool, say: Progress
 ) -> None:
     target = program.target
-    runtime_sources(work, HEADERS)
-    runtimes = (
-        (target.zig_triple, LIBRARY_SOURCES),
-        (target.zig_static_triple, (*LIBRARY_SOURCES, "bench.c")),
-    )
-    say(f"compiling {len(program.kernels)} kernels for {target.cpu}")
-    code = kernel_object(program, work / "kernels.o")
+    library = LIBRARY_SOURCES if target.gpu is None else CUDA_SOURCES
+    runtime_sources(work, _headers(library))
+    runtimes = ((target.zig_triple, library), (target.zig_bench_triple, (*library, "bench.c")))
+    own = tuple(kernel for kernel in program.kernels if kernel.launch is None)
+    model_sources, code = ["program.c"], list[bytes]()
+    if target.gpu is not None:
+        from sparsec.cuda.build import device_code
+
+        device = device_code(program, work, KERNEL_PREFIX, say)
+        model_sources += device.sources
+        code += device.parts
+    if own or target.gpu is None:
+        say(f"compiling {len(own)} kernels for {target.cpu if target.gpu is None else target.arch}")
+        code.append(kernel_object(replace(program, kernels=own), work / "kernels.o"))
 
     say("writing weights")
-    digest = program_digest(program, [code])
+    digest = program_digest(program, code)
     blob = weights_blob(program, digest)
-    model_sources = ["program.c"]
     table = program_source(
         program, KERNEL_PREFIX, digest, threads=threads, embedded_bytes=len(blob) if embed_weights else 0
     )
@@ -109,12 +118,13 @@ def _build(
         model_sources.append("weights.S")
     else:
         (directory / "weights.bin").write_bytes(blob)
-    (directory / "model.h").write_text(model_header(prefix), encoding="utf-8")
+    (directory / "model.h").write_text(model_header(prefix, target.gpu is not None), encoding="utf-8")
 
     if any(not _kept(triple, sources).is_dir() for triple, sources in runtimes):
         say("compiling the runtime (only this first time; C libraries too, up to a minute)")
     compile_sources(work, model_sources, target.zig_triple)
-    model_objects = [*(Path(source).with_suffix(".o").name for source in model_sources), "kernels.o"]
+    model_objects = [Path(source).with_suffix(".o").name for source in model_sources]
+    model_objects += ["kernels.o"] if (work / "kernels.o").exists() else []
     shared, static = (
         runtime_objects(triple, sources, work / folder)
         for (triple, sources), folder in zip(runtimes, ("shared", "static"), strict=True)
@@ -147,6 +157,7 @@ EXPORTS = (
     "sparsec_input_info", "sparsec_output_info", "sparsec_arena_bytes", "sparsec_error_string", "sparsec_version",
     "sparsec_features_needed",
 )  # fmt: skip
+CUDA_EXPORTS = (*EXPORTS, "sparsec_run_device", "sparsec_run_timed", "sparsec_device_name")
 
 
 def kernel_object(program: Program, path: Path) -> bytes:
@@ -163,6 +174,10 @@ def runtime_sources(folder: Path, names: Sequence[str] = (*HEADERS, *LIBRARY_SOU
     """Copy the C runtime's sources into `folder`."""
     for name in names:
         (folder / name).write_bytes(_source(name))
+
+
+def _headers(sources: Sequence[str]) -> tuple[str, ...]:
+    return CUDA_HEADERS if "cuda.c" in sources else HEADERS
 
 
 def _source(name: str) -> bytes:
@@ -227,7 +242,7 @@ def compile_sources(folder: Path, sources: Iterable[str], triple: str) -> None:
 def _kept(triple: str, sources: Sequence[str]) -> Path:
     """Where the cache has the objects of these runtime sources, if it has them."""
     key = hashlib.sha256(repr((triple, c_flags(triple), metadata.version("ziglang"))).encode())
-    for file in (*HEADERS, *sources):
+    for file in (*_headers(sources), *sources):
         key.update(hashlib.sha256(_source(file)).digest())
     return cache_folder() / "runtime" / key.hexdigest()[:32]
 
@@ -241,7 +256,7 @@ def runtime_objects(triple: str, sources: Sequence[str], into: Path) -> list[str
         for name in names:
             (into / name).write_bytes((kept / name).read_bytes())
     else:
-        runtime_sources(into, (*HEADERS, *sources))
+        runtime_sources(into, (*_headers(sources), *sources))
         compile_sources(into, sources, triple)
         _keep(into, names, kept)
     return [f"{into.name}/{name}" for name in names]
@@ -262,7 +277,7 @@ def _keep(folder: Path, names: Sequence[str], kept: Path) -> None:
 
 
 def _link_shared(work: Path, target: Target, objects: Sequence[str], path: Path) -> None:
-    names = " ".join(f"{name};" for name in EXPORTS)
+    names = " ".join(f"{name};" for name in (EXPORTS if target.gpu is None else CUDA_EXPORTS))
     (work / "exports.map").write_text(f"{{ global: {names} local: *; }};\n", encoding="utf-8")
     command = ["cc", "-target", target.zig_triple, "-shared", "-s", "-o", "libmodel.so", *objects]
     command += ["-Wl,--version-script=exports.map", "-Wl,--gc-sections", "-Wl,-z,defs", "-Wl,-soname,libmodel.so"]
@@ -270,7 +285,7 @@ def _link_shared(work: Path, target: Target, objects: Sequence[str], path: Path)
     if target.os == "android":
         command += ["-nostdlib", *_android_libraries(work, target, objects)]
     else:
-        command += ["-lm", "-lpthread"]
+        command += ["-lm", "-lpthread", *(["-ldl"] if target.gpu is not None else [])]
     run_zig(command, work)
     path.write_bytes((work / "libmodel.so").read_bytes())
     path.chmod(0o755)
@@ -294,7 +309,8 @@ def _android_libraries(work: Path, target: Target, objects: Sequence[str]) -> li
 
 
 def _link_bench(work: Path, target: Target, objects: Sequence[str], path: Path) -> None:
-    command = ["cc", "-target", target.zig_static_triple, "-static", "-s", "-o", "bench", *objects]
+    command = ["cc", "-target", target.zig_bench_triple, "-s", "-o", "bench", *objects]
+    command += ["-static"] if target.gpu is None else ["-ldl", "-lpthread"]
     run_zig([*command, "-Wl,--gc-sections", "-Wl,--build-id=none", "-lm"], work)
     path.write_bytes((work / "bench").read_bytes())
     path.chmod(0o755)

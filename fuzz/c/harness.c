@@ -21,6 +21,7 @@
 #include "weights.c" /* its static functions too */
 #include "steps.c"
 #include "signature.c"
+#include "open.c"
 #include "runtime.c"
 
 static jmp_buf leave;

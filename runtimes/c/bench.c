@@ -5,7 +5,9 @@
  *
  * FILE: raw tensors in signature order, little-endian; several samples one after the other give as many outputs. With
  * --input each sample runs once (and goes round until --runs are done), without it the sample of parity.bin does.
- * Exit: 0 ok, 1 the self-check failed, 2 usage, 3 cannot run here (a file, a CPU feature or memory is missing).
+ * A model for a CUDA device is timed twice: by the clock, copies from and to host memory included, and, in as many more
+ * runs, by the device's own events around its steps.
+ * Exit: 0 ok, 1 the self-check failed, 2 usage, 3 cannot run here (a file, a CPU feature, a driver or memory is missing).
  *
  * parity.bin, little-endian: a header of 64 bytes
  *      0  8  "SPARSECP"
@@ -33,7 +35,13 @@
 #define DEFAULT_RUNS 20
 #define PATH_BYTES 4096
 
+#define MESSAGE_BYTES 512
+#define NAME_BYTES 256
+
 enum { EXIT_OK, EXIT_CHECK, EXIT_USAGE, EXIT_CANNOT };
+
+#pragma weak sparsec_run_timed /* null where the model is for a CPU */
+#pragma weak sparsec_device_name
 
 typedef struct arguments {
     long runs, warmup, threads; /* -1: not given */
@@ -232,14 +240,20 @@ static file read_parity(const char *path, const sample *inputs, const sample *ou
     return parity;
 }
 
-static void run(sparsec_model *model, const sample *inputs, const sample *outputs) {
+/* What failed, with what the device says of it. */
+__attribute__((noreturn)) static void refuse(const char *where, int code, const char *message) {
+    fail(EXIT_CANNOT, "%s: %s%s%s", where, sparsec_error_string(code), message[0] ? ": " : "", message);
+}
+
+static void run(sparsec_model *model, const sample *inputs, const sample *outputs, const char *message) {
     int code = sparsec_run(model, (const void *const *)inputs->tensors, outputs->tensors);
-    if (code) fail(EXIT_CANNOT, "%s", sparsec_error_string(code));
+    if (code) refuse("run", code, message);
 }
 
 /* Runs parity.bin's sample, which is in `inputs`, and compares. */
-static verdict self_check(sparsec_model *model, const file *parity, const sample *inputs, const sample *outputs) {
-    run(model, inputs, outputs);
+static verdict self_check(sparsec_model *model, const file *parity, const sample *inputs, const sample *outputs,
+                          const char *message) {
+    run(model, inputs, outputs, message);
     verdict v = {.done = 1, .passed = 1, .error = 0, .tolerance = 0};
     const unsigned char *tolerances = parity->data + PARITY_HEADER_BYTES;
     const unsigned char *wanted = tolerances + 4 * (size_t)outputs->count + inputs->bytes;
@@ -305,14 +319,42 @@ static long long peak_bytes(void) {
     return kilobytes * 1024;
 }
 
-static void report(const arguments *a, long runs, const double *sorted, size_t model_bytes, verdict v) {
+static double mean_of(const double *times, long runs) {
     double mean = 0;
-    for (long i = 0; i < runs; i++) mean += sorted[i] / (double)runs;
+    for (long i = 0; i < runs; i++) mean += times[i] / (double)runs;
+    return mean;
+}
+
+static void print_times(const double *sorted, long runs, int json) {
+    double values[] = {sorted[0], mean_of(sorted, runs), quantile(sorted, runs, 0.5), quantile(sorted, runs, 0.1),
+                       quantile(sorted, runs, 0.9)};
+    static const char *const names[] = {"min_ms", "mean_ms", "median_ms", "p10_ms", "p90_ms"};
+    if (!json) printf("min %.3f ms, mean %.3f ms, median %.3f ms, p90 %.3f ms", values[0], values[1], values[2], values[4]);
+    for (int i = 0; json && i < 5; i++) {
+        if (i) fputs(", ", stdout);
+        print_number(names[i], values[i]);
+    }
+}
+
+/* Text as a JSON string of printable ASCII. */
+static void print_text(const char *text) {
+    putchar('"');
+    for (; *text; text++) putchar(*text < ' ' || *text > '~' || *text == '"' || *text == '\\' ? '?' : *text);
+    putchar('"');
+}
+
+/* `device_times` [runs], sorted, of the device called `device`; or null. */
+static void report(const arguments *a, long runs, const double *sorted, size_t model_bytes, verdict v,
+                   const char *device, const double *device_times) {
     long long peak = peak_bytes();
     if (!a->json) {
         printf("%ld runs, %ld warmup, %ld threads\n", runs, a->warmup, a->threads);
-        printf("min %.3f ms, mean %.3f ms, median %.3f ms, p90 %.3f ms\n", sorted[0], mean, quantile(sorted, runs, 0.5),
-               quantile(sorted, runs, 0.9));
+        print_times(sorted, runs, 0);
+        if (device_times) {
+            printf(", copies included\non %s: ", device);
+            print_times(device_times, runs, 0);
+        }
+        putchar('\n');
         printf("peak memory %lld bytes, of it weights and arena %zu bytes\n", peak, model_bytes);
         if (v.done) {
             printf("check %s: max relative error %.3g, tolerance %.3g\n", v.passed ? "passed" : "FAILED", v.error,
@@ -321,16 +363,15 @@ static void report(const arguments *a, long runs, const double *sorted, size_t m
         return;
     }
     printf("{\"runs\": %ld, \"warmup\": %ld, \"threads\": %ld, ", runs, a->warmup, a->threads);
-    print_number("min_ms", sorted[0]);
-    fputs(", ", stdout);
-    print_number("mean_ms", mean);
-    fputs(", ", stdout);
-    print_number("median_ms", quantile(sorted, runs, 0.5));
-    fputs(", ", stdout);
-    print_number("p10_ms", quantile(sorted, runs, 0.1));
-    fputs(", ", stdout);
-    print_number("p90_ms", quantile(sorted, runs, 0.9));
+    print_times(sorted, runs, 1);
     printf(", \"peak_bytes\": %lld, \"model_bytes\": %zu", peak, model_bytes);
+    if (device_times) {
+        fputs(", \"device\": {\"name\": ", stdout);
+        print_text(device);
+        fputs(", ", stdout);
+        print_times(device_times, runs, 1);
+        fputs("}", stdout);
+    }
     if (v.done) {
         printf(", \"check\": {\"passed\": %s, ", v.passed ? "true" : "false");
         print_number("max_relative_error", v.error);
@@ -354,8 +395,22 @@ static sparsec_model *open_model(const char *argv0, const sparsec_options *optio
         beside(argv0, "weights.bin", path);
         code = sparsec_open_file(path, options, &model);
     }
-    if (code) fail(EXIT_CANNOT, "%s: %s", path, sparsec_error_string(code));
+    if (code) refuse(code == SPARSEC_DEVICE ? "CUDA" : path, code, options->message);
     return model;
+}
+
+/* Times by the device's events, sorted. */
+static double *time_device(sparsec_model *model, const sample *inputs, const sample *outputs, long runs,
+                           const char *message) {
+    double *times = get((size_t)runs * sizeof *times);
+    for (long i = 0; i < runs; i++) {
+        float milliseconds;
+        int code = sparsec_run_timed(model, (const void *const *)inputs->tensors, outputs->tensors, &milliseconds);
+        if (code) refuse("run", code, message);
+        times[i] = (double)milliseconds;
+    }
+    qsort(times, (size_t)runs, sizeof *times, ascending);
+    return times;
 }
 
 int main(int argc, char **argv) {
@@ -375,7 +430,8 @@ int main(int argc, char **argv) {
     FILE *out = NULL;
     if (a.output && !(out = fopen(a.output, "wb"))) fail(EXIT_CANNOT, "cannot write %s: %s", a.output, strerror(errno));
 
-    sparsec_options options = {.threads = (int32_t)a.threads};
+    char message[MESSAGE_BYTES] = "", device[NAME_BYTES] = "";
+    sparsec_options options = {.threads = (int32_t)a.threads, .message = message, .message_bytes = sizeof message};
     sparsec_model *model = open_model(argv[0], &options);
     verdict v = {0, 1, 0, 0};
     char path[PATH_BYTES];
@@ -383,18 +439,18 @@ int main(int argc, char **argv) {
     if (a.check || (!a.input && access(path, F_OK) == 0)) { /* without a sample, zeros are timed */
         parity = read_parity(path, &inputs, &outputs);
         memcpy(inputs.data, parity.data + PARITY_HEADER_BYTES + 4 * (size_t)outputs.count, inputs.bytes);
-        if (a.check) v = self_check(model, &parity, &inputs, &outputs);
+        if (a.check) v = self_check(model, &parity, &inputs, &outputs, message);
     }
 
     if (a.input) memcpy(inputs.data, given.data, inputs.bytes);
-    for (long i = 0; i < a.warmup; i++) run(model, &inputs, &outputs);
+    for (long i = 0; i < a.warmup; i++) run(model, &inputs, &outputs, message);
     long runs = a.runs > 0 ? a.runs : a.input ? samples : DEFAULT_RUNS;
     if (runs < samples) runs = samples;
     double *times = get((size_t)runs * sizeof *times);
     for (long i = 0; i < runs; i++) {
         if (a.input) memcpy(inputs.data, given.data + (size_t)(i % samples) * inputs.bytes, inputs.bytes);
         double start = now_ms();
-        run(model, &inputs, &outputs);
+        run(model, &inputs, &outputs, message);
         times[i] = now_ms() - start;
         if (out && i < samples && fwrite(outputs.data, 1, outputs.bytes, out) != outputs.bytes) {
             fail(EXIT_CANNOT, "cannot write %s: %s", a.output, strerror(errno));
@@ -403,8 +459,14 @@ int main(int argc, char **argv) {
     if (out && fclose(out)) fail(EXIT_CANNOT, "cannot write %s: %s", a.output, strerror(errno));
     qsort(times, (size_t)runs, sizeof *times, ascending);
     size_t model_bytes = PARITY_HEADER_BYTES + sparsec_program.weights_bytes + sparsec_arena_bytes(&options);
-    report(&a, runs, times, model_bytes, v);
+    double *device_times = NULL;
+    if (sparsec_run_timed) {
+        device_times = time_device(model, &inputs, &outputs, runs, message);
+        sparsec_device_name(model, device, sizeof device);
+    }
+    report(&a, runs, times, model_bytes, v, device, device_times);
     sparsec_close(model);
+    free(device_times);
     free(times);
     free(inputs.tensors);
     free(inputs.data);

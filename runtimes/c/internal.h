@@ -97,6 +97,10 @@ int32_t sparsec_threads(const sparsec_options *options);
 void *sparsec_address(const sparsec_workers *workers, sparsec_place place, int32_t worker);
 void sparsec_run_step(const sparsec_workers *workers, const sparsec_step *step);
 
+/* What an executor gives to open.c; options are not null. The instance owns `weights` if the answer is SPARSEC_OK. */
+int sparsec_instance_check(const sparsec_options *options);
+int sparsec_instance_open(const sparsec_options *options, sparsec_weights *weights, sparsec_model **result);
+
 /* signature.c: SPARSEC_BAD_ARGUMENT if a pointer that `run` needs is null. */
 int sparsec_check_ports(const sparsec_model *model, const void *const *inputs, void *const *outputs);
 

@@ -13,16 +13,13 @@ size_t sparsec_arena_bytes(const sparsec_options *options) {
     return sparsec_program.arena_bytes + threads * sparsec_program.scratch_bytes + SPARSEC_ALIGNMENT;
 }
 
-static int check_options(const sparsec_options *options) {
+int sparsec_instance_check(const sparsec_options *options) {
     size_t arena_bytes = sparsec_arena_bytes(options);
-    if (!arena_bytes || (options && options->arena && options->arena_bytes < arena_bytes)) return SPARSEC_BAD_ARGUMENT;
+    if (!arena_bytes || (options->arena && options->arena_bytes < arena_bytes)) return SPARSEC_BAD_ARGUMENT;
     return sparsec_feature_missing(sparsec_program.features) ? SPARSEC_CPU_FEATURE : SPARSEC_OK;
 }
 
-/* The instance, which owns `weights` if the answer is SPARSEC_OK; options are checked. */
-static int open_checked(const sparsec_weights *weights, const sparsec_options *options, sparsec_model **result) {
-    static const sparsec_options defaults;
-    if (!options) options = &defaults;
+int sparsec_instance_open(const sparsec_options *options, sparsec_weights *weights, sparsec_model **result) {
     int32_t threads = sparsec_threads(options);
     size_t arena_bytes = sparsec_arena_bytes(options);
 
@@ -55,31 +52,6 @@ static int open_checked(const sparsec_weights *weights, const sparsec_options *o
     }
     *result = model;
     return SPARSEC_OK;
-}
-
-int sparsec_open(const void *weights, size_t bytes, const sparsec_options *options, sparsec_model **model) {
-    if (!model) return SPARSEC_BAD_ARGUMENT;
-    *model = NULL;
-    sparsec_weights found;
-    int code = check_options(options);
-    if (!code) code = sparsec_weights_given(&found, weights, bytes);
-    if (code) return code;
-    code = open_checked(&found, options, model);
-    if (code) sparsec_weights_release(&found);
-    return code;
-}
-
-int sparsec_open_file(const char *path, const sparsec_options *options, sparsec_model **model) {
-    if (!model) return SPARSEC_BAD_ARGUMENT;
-    *model = NULL;
-    if (!path) return SPARSEC_BAD_ARGUMENT;
-    sparsec_weights found;
-    int code = check_options(options);
-    if (!code) code = sparsec_weights_mapped(&found, path);
-    if (code) return code;
-    code = open_checked(&found, options, model);
-    if (code) sparsec_weights_release(&found);
-    return code;
 }
 
 void sparsec_close(sparsec_model *model) {

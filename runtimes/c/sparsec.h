@@ -25,7 +25,7 @@ enum sparsec_code {
     SPARSEC_CPU_FEATURE = -4,  /* this CPU or operating system lacks a feature: see features_needed */
     SPARSEC_NO_MEMORY = -5,    /* memory or threads are exhausted */
     SPARSEC_IO = -6,           /* the weights file cannot be read */
-    SPARSEC_DEVICE = -7        /* an accelerator failed */
+    SPARSEC_DEVICE = -7        /* an accelerator or its driver is missing or failed: see `message` */
 };
 
 /* Element types: ONNX's TensorProto.DataType numbers. */
@@ -66,6 +66,12 @@ typedef struct sparsec_options {
        order, on any threads, and returns when all are done; n <= threads. *(void **)ctx is `parallel_data`. */
     void (*parallel_for)(void *ctx, void (*fn)(void *ctx, int32_t i), int32_t n);
     void *parallel_data;
+    /* Of models for CUDA devices; others do not look at them. There, `arena` is device memory. */
+    void *stream;         /* a CUstream in whose order the model runs, in its context; null: a stream of its own */
+    int32_t device;       /* ordinal of the device, where `stream` is null; its primary context is used */
+    char *message;        /* [message_bytes] or null: where a failing function says in a line what the device or its
+                             driver lacks, zero-terminated; must outlive the instance */
+    size_t message_bytes;
 } sparsec_options;
 #endif
 /* types: end */
@@ -111,6 +117,21 @@ SPARSEC_API const char *sparsec_version(void);
 /* CPU features that the kernels need, names separated by blanks: "avx2 fma". */
 SPARSEC_API const char *sparsec_features_needed(void);
 /* functions: end */
+
+/* Only in models for CUDA devices. */
+/* cuda: begin */
+/* The same as run over tensors in device memory, of the device and the context that the model uses. On the caller's
+   stream it returns once all is queued there; a model with a stream of its own waits for its outputs, but not for what
+   still writes the inputs elsewhere. */
+SPARSEC_API int sparsec_run_device(sparsec_model *model, const void *const *inputs, void *const *outputs);
+
+/* The same as run; *milliseconds: what the device needed between the copies of inputs and of outputs. */
+SPARSEC_API int sparsec_run_timed(sparsec_model *model, const void *const *inputs, void *const *outputs,
+                                  float *milliseconds);
+
+/* The device's name as its driver has it, zero-terminated, at most `bytes`. */
+SPARSEC_API int sparsec_device_name(const sparsec_model *model, char *name, size_t bytes);
+/* cuda: end */
 
 #ifdef __cplusplus
 }
