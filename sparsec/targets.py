@@ -50,9 +50,9 @@ class Target:
         return f"{self.arch}-linux-android" if self.os == "android" else f"{self.arch}-linux-gnu.2.17"
 
     @property
-    def zig_static_triple(self) -> str:
-        """ziglang's target for static executables (`bench`)."""
-        return f"{self.arch}-linux-musl"
+    def zig_bench_triple(self) -> str:
+        """ziglang's target for executables (`bench`): static, except where a driver's library is opened."""
+        return self.zig_triple if self.gpu is not None else f"{self.arch}-linux-musl"
 
 
 def container(arch: str) -> str:
