@@ -127,6 +127,7 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("harness", nargs="*", help="these only: " + ", ".join(h.name for h in HARNESSES))
     parser.add_argument("--minutes", type=float, default=5, help="of processor time, all harnesses together")
     parser.add_argument("--log", type=Path, default=Path("fuzz/campaign.jsonl"))
     parser.add_argument("--keep", type=Path, default=Path("fuzz/failures"))
@@ -137,6 +138,7 @@ def main() -> None:
     found = (
         HARNESSES if importlib.util.find_spec("atheris") else [h for h in HARNESSES if "--atheris" not in h.arguments]
     )
+    found = [h for h in found if not given.harness or h.name in given.harness]
     if given.summary:
         print(summary(read(given.log)))
         return
