@@ -26,7 +26,10 @@ _SIGNATURE = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*
 
 
 def emulation_source(source: str) -> str:
-    """CUDA C as `cuda_source` makes it -> C++ with one `emulated_NAME(pointers, grid, block, order)` a kernel."""
+    """CUDA C as `cuda_source` makes it -> C++ with one `emulated_NAME(pointers, grid, block, order)` a kernel.
+
+    `arguments_NAME` is the number of its pointers.
+    """
     body = source.removeprefix(PRELUDE)
     runs = []
     for name, parameters in _SIGNATURE.findall(body):
@@ -38,6 +41,7 @@ def emulation_source(source: str) -> str:
             f'extern "C" __attribute__((visibility("default"))) void emulated_{name}(void **pointers, dim3 grid, '
             f"dim3 block, int order) {{\n    emulate(grid, block, order, [](void *data) {{ void **a = (void **)data; "
             f"(void)a; {name}({arguments}); }}, pointers);\n}}\n"
+            f'extern "C" __attribute__((visibility("default"))) const int arguments_{name} = {len(types)};\n'
         )
     return f'#include "{HEADER}"\n{body}\n{"".join(runs)}'
 

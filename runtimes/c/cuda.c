@@ -57,6 +57,7 @@ static void digits(int value, char text[4]) {
 /* The cubin, or the PTX where the cubin is for another architecture. */
 static int load_module(sparsec_model *m) {
     sparsec_driver *d = &m->driver;
+    if (!sparsec_cuda.kernels_count) return SPARSEC_OK;
     CUresult result = d->cuModuleLoadDataEx(&m->module, sparsec_cuda.cubin, 0, NULL, NULL);
     if (result != CUDA_ERROR_NO_BINARY_FOR_GPU) return sparsec_driver_code(d, result, "cuModuleLoadDataEx");
     char log[1024] = "";
