@@ -1,4 +1,4 @@
-"""`python -m fuzz.run TARGET... [--runs N | --seconds S] [--seed N] [--keep DIR] [--atheris]`; without TARGET, all of them.
+"""`python -m fuzz.run TARGET... [--runs N | --seconds S] [--seed N] [--keep DIR] [--atheris] [--replay FILE]`; without TARGET, all of them.
 
 Without atheris, seeds are damaged at random, without knowledge of coverage: quick, the same on every machine, part of the
 test suite. With it (the extra `fuzz`; a target at a time) libFuzzer looks for inputs that reach new lines of the Python
@@ -95,8 +95,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, default=Path("fuzz/failures"))
     parser.add_argument("--atheris", action="store_true")
+    parser.add_argument("--replay", type=Path, help="execute one target on this file")
     given, rest = parser.parse_known_args()
     names = given.target or list(TARGETS)
+    if given.replay is not None:
+        TARGETS[names[0]].run(given.replay.read_bytes())
+        return
     if given.atheris:
         more = [f"-max_total_time={int(given.seconds)}", f"-seed={given.seed}", *[a for a in rest if a != "--"]]
         given.keep.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import onnx
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
+from sparsec.opsets import OPSET
 from sparsec.passes.fold_constants import quiet_session
 
 F16, F32, F64 = np.dtype("f2"), np.dtype("f4"), np.dtype("f8")
@@ -153,12 +154,21 @@ class Draft:
         self.known.update((v.name, (v.dtype, v.shape)) for v in made)
         return made
 
+    def _same(self, op: str) -> set[int]:
+        """Opsets in which ONNX Runtime must run the operator: this one and, if it is the same there, the compiler's own."""
+        versions = [
+            onnx.defs.has(op, max_inclusive_version=opset)
+            and onnx.defs.get_schema(op, max_inclusive_version=opset).since_version
+            for opset in (self.opset, OPSET)
+        ]
+        return {self.opset, OPSET} if versions[0] == versions[1] else {self.opset}
+
     def _runs(self, node: onnx.NodeProto) -> bool:
         """Whether ONNX Runtime has a kernel for the operator and these types; asked once."""
         known = [self.known[name] if name else None for name in node.input]
         key = (node.op_type, self.opset, *[k and _element(k[0]) for k in known])
         if key not in _KERNELS:
-            _KERNELS[key] = _has_kernel(node, self.opset, known)
+            _KERNELS[key] = all(_has_kernel(node, opset, known) for opset in self._same(node.op_type))
         return _KERNELS[key]
 
 
