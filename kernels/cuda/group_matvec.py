@@ -34,13 +34,24 @@ from sparsec.kernels.cuda import emit
 from sparsec.kernels.cuda.base import DeviceCall, Gpu
 from sparsec.kernels.cuda.gemm import bind_parts
 from sparsec.kernels.cuda.group_tiles import (
-    MOST_ROWS, SLOT, TALL, UNIT, Packed, Tiling, bands_of, cut, group_of, kept_groups, pack, slots_of,
+    MOST_ROWS,
+    SLOT,
+    TALL,
+    UNIT,
+    Packed,
+    Tiling,
+    bands_of,
+    cut,
+    group_of,
+    kept_groups,
+    pack,
+    slots_of,
 )  # fmt: skip
 from sparsec.kernels.epilogue import NONE, Activation, Residual, finish
 from sparsec.kernels.integers import Stored
 from sparsec.program import Launch
 
-AHEAD = 4  # tiles of a warp that are on their way
+WORDS = 16  # of a lane that are on their way, about
 REGISTERS = 96  # of a thread, about
 SHARED = 48 << 10  # bytes of a block
 LATENCY_US = 0.8  # of memory; also what a kernel takes until its first weights are there
@@ -107,13 +118,14 @@ def predict_us(gpu: Gpu, m: int, stored: Stored, tiling: Tiling, sparse: bool, k
     n, k = stored.q.shape
     bands = bands_of(kept, tiling.bands, 1 if sparse else TALL)
     if sparse:
-        groups = np.add.reduceat(kept, bands[:-1]).astype(float)
-        places = np.minimum(groups, stored.groups)
-        # A tile ends after TALL groups or `slots` places, whichever comes first.
+        groups, heights = np.add.reduceat(kept, bands[:-1]).astype(float), np.diff(bands)
+        places = np.maximum(np.minimum(groups, stored.groups), 1.0)
+        # A tile ends after TALL groups, `slots` places, or where an output comes again: rarely where a place fills one.
         slots = slots_of(m) if gpu.element == "float16" else TALL
-        tiles = places * np.ceil(groups / np.maximum(places, 1) / TALL) if slots == 1 else np.ceil(
-            np.maximum(groups / TALL, places / slots)
-        )  # fmt: skip
+        each = groups / places
+        fill = np.where(each < TALL, np.minimum(TALL, each + heights / np.maximum(each, 1e-9)), TALL)
+        fill = np.minimum(fill, each * slots) if slots > 1 else each / np.ceil(np.maximum(each, 1.0) / TALL)
+        tiles = np.ceil(groups / np.maximum(fill, 1e-9))
     else:
         slots, tiles = 0, -(-np.diff(bands) // TALL) * float(stored.groups)
     blocks = np.sort(np.repeat(tiles / tiling.splits, tiling.splits))[::-1]
@@ -126,12 +138,17 @@ def predict_us(gpu: Gpu, m: int, stored: Stored, tiling: Tiling, sparse: bool, k
     rate = gpu.l2_gbps if moved <= gpu.l2_bytes / 2 else gpu.memory_gbps
     shared = 4 * tiling.warps * m * int(np.diff(bands).max())
     resident = min(max(1, gpu.resident(32 * tiling.warps, REGISTERS, shared)), -(-blocks.size // gpu.multiprocessors))
-    flying = resident * tiling.warps * AHEAD * tile
+    flying = resident * tiling.warps * ahead_of(stored.group, stored.bits) * tile
     share = min(1.0, flying * gpu.multiprocessors / (rate * LATENCY_US * 1e3))
     arrival = moved / (0.9 * rate * share * 1e3) * max(1.0, fullest / even) ** 0.5  # others' bandwidth helps a late one
     issue = _tile_instructions(gpu, m, stored) * fullest / 4 / (gpu.ghz * 1e3)
     joined = (gpu.launch_us + 8 * m * n * tiling.splits / (gpu.l2_gbps * 1e3)) if tiling.splits > 1 else 0.0
     return max(arrival, issue) + LATENCY_US + gpu.launch_us + joined
+
+
+def ahead_of(group: int, bits: int) -> int:
+    """Tiles of a warp that are on their way."""
+    return max(2, min(4, WORDS * 64 // (group * bits)))
 
 
 def _tile_instructions(gpu: Gpu, m: int, stored: Stored) -> float:
@@ -232,6 +249,7 @@ class _Block:
         self.tallest = -(-int(np.diff(packed.bands).max()) // TALL) * TALL
         self.runs, self.wide = packed.words.shape[1], packed.words.shape[3]
         self.words = self.runs * self.wide
+        self.ahead = ahead_of(packed.group, packed.bits)
         self.unit = int(np.gcd(packed.group, UNIT))
 
     def emit(self, done: Any) -> None:
@@ -255,11 +273,11 @@ class _Block:
                 T.buffer_store(self.sums, T.float32(0), [at])
         emit.barrier()
         self._registers()
-        with T.serial(0, (end - begin + (warps * AHEAD - 1)) // (warps * AHEAD) + 1) as turn:
+        with T.serial(0, (end - begin + (warps * self.ahead - 1)) // (warps * self.ahead) + 1) as turn:
             # In turn i the tiles of turn i - 1 are multiplied, each making room for one of turn i.
-            for u in range(AHEAD):
-                tile = T.bind(begin + self.warp + (turn * AHEAD + u) * warps)
-                before = T.bind(tile - AHEAD * warps)
+            for u in range(self.ahead):
+                tile = T.bind(begin + self.warp + (turn * self.ahead + u) * warps)
+                before = T.bind(tile - self.ahead * warps)
                 with T.If(tir_all(turn > 0, before < end)), T.Then():
                     self._multiply(u, before)
                 with T.If(tile < end), T.Then():
@@ -274,13 +292,13 @@ class _Block:
                 done(self.first + at // m, at % m, value)
 
     def _registers(self) -> None:
-        """What is on its way, AHEAD times."""
+        """What is on its way."""
         packed = self.packed
-        self.held = emit.local(AHEAD * self.words, "int32")
-        self.scales = emit.local(AHEAD * 2, self.element)
-        self.codes = emit.local(AHEAD * 2, str(packed.rows.dtype)) if packed.rows is not None else None
-        self.place = emit.local(AHEAD, "int32")
-        self.centres = emit.local(AHEAD * 2 if packed.centres is not None else 2, "float16")
+        self.held = emit.local(self.ahead * self.words, "int32")
+        self.scales = emit.local(self.ahead * 2, self.element)
+        self.codes = emit.local(self.ahead * 2, str(packed.rows.dtype)) if packed.rows is not None else None
+        self.place = emit.local(self.ahead, "int32")
+        self.centres = emit.local(self.ahead * 2 if packed.centres is not None else 2, "float16")
         if packed.centres is None:
             for i in range(2):
                 T.buffer_store(self.centres, T.float16(1032 if packed.bits == 4 else 1152), [i])

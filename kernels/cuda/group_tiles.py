@@ -16,8 +16,8 @@ lane reads its share of x at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -32,7 +32,7 @@ UNIT = 64  # inputs dealt to a quad at once
 def group_of(stored: Stored) -> int:
     """Inputs of a stored group: the scale's, of which one that spans all inputs is cut."""
     k = stored.q.shape[1]
-    if stored.group < k or k % 16 == 0 and k <= 2 * UNIT:
+    if stored.group < k or (k % 16 == 0 and k <= 2 * UNIT):
         return stored.group
     return 2 * UNIT if k >= 2 * UNIT else -(-k // 16) * 16
 
@@ -120,26 +120,27 @@ def bands_of(counts: np.ndarray, bands: int, every: int = 1) -> np.ndarray:
     cuts = np.searchsorted(total, np.arange(1, bands) * total[-1] / bands + 1e-9)
     found = np.unique(np.concatenate([[0], cuts, [units.size]]))
     most = (SLOT - 1) // every
-    finer = [np.arange(a, b, most) for a, b in zip(found[:-1], found[1:], strict=True)]
+    finer = [np.arange(a, b, most) for a, b in pairwise(found.tolist())]
     return np.asarray(np.minimum(np.concatenate([*finer, [units.size]]) * every, n), np.int32)
 
 
-def _tiles(kept: np.ndarray, slots: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Tiles of a band with stored groups `kept` [outputs, G]: lists of (output, place, slot), sorted by place."""
-    tile: list[tuple[int, int, int]] = []
+def _assign(rows: list[int], places: list[int], slots: int) -> tuple[list[int], list[int]]:
+    """Tile and slot of each stored group of a band, sorted by place, then row: a tile takes the next groups as long as it has
+    room, a slot for their place, and none of their rows."""
+    tiles, slot_of = [], []
+    tile, count, slot, last = -1, TALL, 0, -1
     seen: set[int] = set()
-    places: list[int] = []
-    for place, row in np.argwhere(kept.T).tolist():
-        new = not places or places[-1] != place
-        if len(tile) == TALL or row in seen or (new and len(places) == slots):
-            yield tile
-            tile, seen, places, new = [], set(), [], True
-        if new:
-            places.append(place)
-        tile.append((row, place, len(places) - 1))
+    for row, place in zip(rows, places, strict=True):
+        if count == TALL or row in seen or (place != last and slot + 1 == slots):
+            tile, count, slot = tile + 1, 0, 0
+            seen = set()
+        elif place != last:
+            slot += 1
+        last, count = place, count + 1
         seen.add(row)
-    if tile:
-        yield tile
+        tiles.append(tile)
+        slot_of.append(slot)
+    return tiles, slot_of
 
 
 def deal(group: int) -> np.ndarray:
@@ -214,24 +215,22 @@ def pack(stored: Stored, m: int, tiling: Tiling, sparse: bool, element: str = "f
     slots = 1 if not sparse else TALL if own else slots_of(m)
     kept = kept_groups(stored) if sparse else np.ones((n, stored.groups), bool)
     bands = bands_of(kept.sum(axis=1), tiling.bands, 1 if sparse else TALL)
-    found: list[list[tuple[int, int, int]]] = []  # outputs of the matrix
-    pointers = [0]
-    for first, last in zip(bands[:-1].tolist(), bands[1:].tolist(), strict=True):
+    entries: list[np.ndarray] = []  # row, place, tile, slot
+    pointers, count = [0], 0
+    for first, last in pairwise(bands.tolist()):
+        places_of, rows_of = np.nonzero(kept[first:last].T)
         if sparse:
-            tiles = [
-                [(first + row, place, slot) for row, place, slot in tile] for tile in _tiles(kept[first:last], slots)
-            ]
+            tile_of, slot_of = (np.array(a, np.int64) for a in _assign(rows_of.tolist(), places_of.tolist(), slots))
         else:
-            runs = [range(row, min(row + TALL, last)) for row in range(first, last, TALL)]
-            tiles = [[(row, place, 0) for row in run] for place in range(stored.groups) for run in runs]
-        pointers += [len(found) + len(tiles) * (split + 1) // tiling.splits for split in range(tiling.splits)]
-        found += tiles
-    count = len(found)
-    lengths = np.array([len(tile) for tile in found], np.int64)
-    flat = np.array([entry for tile in found for entry in tile], np.int64).reshape(-1, 3)
-    row, place, slot = flat.T
-    tile = np.repeat(np.arange(count), lengths)
-    inside = np.arange(tile.size) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            runs = -(-(last - first) // TALL)
+            tile_of, slot_of = places_of * runs + rows_of // TALL, np.zeros_like(rows_of)
+        tiles = int(tile_of[-1]) + 1 if tile_of.size else 0
+        entries.append(np.stack([first + rows_of, places_of, count + tile_of, slot_of]))
+        pointers += [count + tiles * (split + 1) // tiling.splits for split in range(tiling.splits)]
+        count += tiles
+    row, place, tile, slot = np.concatenate(entries, axis=1)
+    firsts = np.flatnonzero(np.diff(tile, prepend=-1))
+    inside = np.arange(tile.size) - np.repeat(firsts, np.diff(np.append(firsts, tile.size)))
 
     middle = 8 if stored.bits == 4 else 128
     whole = np.zeros((n, stored.groups * group), np.int16)
