@@ -12,7 +12,7 @@ from sparsec.cli.arguments import parse_binds, parse_inputs, parse_shapes
 from sparsec.images import Images
 from sparsec.limits import parse_limits
 from sparsec.pass_specs import parse_spec
-from sparsec.passes.masks import Pattern
+from sparsec.passes.pruning.masks import Pattern
 from sparsec.targets import find_target
 
 READERS: tuple[tuple[Callable[[str], object], tuple[str, ...]], ...] = (

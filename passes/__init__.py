@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from sparsec.passes.cancel_transposes import CancelTransposes
-from sparsec.passes.compress import Compress
-from sparsec.passes.explicit_pads import ExplicitPads
-from sparsec.passes.factorize import Factorize
-from sparsec.passes.fold_batch_norm import FoldBatchNorm
-from sparsec.passes.fold_constants import FoldConstants
-from sparsec.passes.fuse_layer_norm import FuseLayerNorm
-from sparsec.passes.import_qoperator import ImportQOperator
-from sparsec.passes.normalize_qdq import NormalizeQdq
-from sparsec.passes.prune import Prune
-from sparsec.passes.prune_channels import PruneChannels
-from sparsec.passes.quantize import Quantize
-from sparsec.passes.rearrange import Rearrange
-from sparsec.passes.recover import Recover
-from sparsec.passes.remove_no_ops import RemoveNoOps
-from sparsec.passes.unroll_recurrent import UnrollRecurrent
-from sparsec.passes.widen import Widen
+from sparsec.passes.channels.prune_channels import PruneChannels
+from sparsec.passes.channels.rearrange import Rearrange
+from sparsec.passes.low_rank.compress import Compress
+from sparsec.passes.low_rank.factorize import Factorize
+from sparsec.passes.normalisation.cancel_transposes import CancelTransposes
+from sparsec.passes.normalisation.explicit_pads import ExplicitPads
+from sparsec.passes.normalisation.fold_batch_norm import FoldBatchNorm
+from sparsec.passes.normalisation.fold_constants import FoldConstants
+from sparsec.passes.normalisation.fuse_layer_norm import FuseLayerNorm
+from sparsec.passes.normalisation.import_qoperator import ImportQOperator
+from sparsec.passes.normalisation.normalize_qdq import NormalizeQdq
+from sparsec.passes.normalisation.remove_no_ops import RemoveNoOps
+from sparsec.passes.normalisation.unroll_recurrent import UnrollRecurrent
+from sparsec.passes.normalisation.widen import Widen
+from sparsec.passes.pruning.prune import Prune
+from sparsec.passes.quantization.quantize import Quantize
+from sparsec.passes.training.recover import Recover
 from sparsec.passes_api import Pass
 
 # Built-in passes by `Pass.name`; adding one is adding a line here.

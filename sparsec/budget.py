@@ -42,9 +42,9 @@ from sparsec.loading import model_bytes
 from sparsec.lowering import lower
 from sparsec.lowering.predict import layer_price
 from sparsec.pass_specs import PassStep, as_step
-from sparsec.passes.fidelity import Fidelity
 from sparsec.passes.layers import select_layers
-from sparsec.passes.trial import fast_session, in_parallel
+from sparsec.passes.measure.fidelity import Fidelity
+from sparsec.passes.measure.trial import fast_session, in_parallel
 from sparsec.pipeline import run_passes
 from sparsec.targets import Target
 

@@ -34,7 +34,7 @@ from sparsec.loading import model_bytes
 from sparsec.lowering import lower
 from sparsec.lowering.predict import layer_price
 from sparsec.pass_specs import resolve_passes
-from sparsec.passes.quantized_ports import QuantizedPorts, port_quantization
+from sparsec.passes.quantization.ports import QuantizedPorts, port_quantization
 from sparsec.pipeline import run_passes
 from sparsec.ports import InputSpec, input_spec
 from sparsec.preflight import preflight
@@ -101,7 +101,7 @@ def compile(
     float32. shapes: input name to full shape. bind: inputs fixed to a constant. threads: the artifact's default. output: the
     artifact if it ends in ".sparsec", else the folder for it; without it the artifact lives in a temporary directory that
     goes with the object. io: "float" leaves inputs and outputs as the model has them, "quantized" makes 8-bit ones of those
-    that it quantizes at once (`sparsec.passes.quantized_ports`); which stay float is noted, a UsageError if all would.
+    that it quantizes at once (`sparsec.passes.quantization.ports`); which stay float is noted, a UsageError if all would.
     tuning: a file that `sparsec tune` made, asked before the cost model. budget: "accuracy=1%" or
     "speedup=2x" chooses the pruning (`sparsec.budget`; needs calibration); budget_data, with labels or without, measures
     the drop in the place of a part of the calibration data. limits: what the model may cost to read.

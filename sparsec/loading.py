@@ -24,7 +24,7 @@ from sparsec.external_data import ExternalFiles
 from sparsec.isolation import Allowance, Worker, call
 from sparsec.limits import DEFAULT, MEMORY_FACTOR, Limits
 from sparsec.normalise import load_here
-from sparsec.passes.fold_constants import quiet_session
+from sparsec.passes.normalisation.fold_constants import quiet_session
 from sparsec.reading import read_proto, read_source
 
 Shapes = Mapping[str, tuple[int, ...]]

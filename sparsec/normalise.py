@@ -33,7 +33,7 @@ from sparsec.passes import (
     RemoveNoOps,
     UnrollRecurrent,
 )
-from sparsec.passes.fold_constants import remove_unused_initializers
+from sparsec.passes.normalisation.fold_constants import remove_unused_initializers
 from sparsec.passes_api import META_KEY, Pass
 from sparsec.reading import Source, check_proto, read_source
 from sparsec.refusals import refuse_unfinished

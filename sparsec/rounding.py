@@ -31,8 +31,8 @@ import onnx
 import onnx_ir as ir
 from onnx import helper
 
-from sparsec.passes.fold_constants import constant
-from sparsec.passes.normalize_qdq import MOVES
+from sparsec.passes.normalisation.fold_constants import constant
+from sparsec.passes.normalisation.normalize_qdq import MOVES
 from sparsec.runtimes.ort import OrtSession
 
 SHARE = 0.001

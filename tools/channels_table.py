@@ -19,8 +19,8 @@ import onnxruntime as ort
 from sparsec.loading import load_model
 from sparsec.models import build
 from sparsec.passes import PruneChannels
-from sparsec.passes.channel_choice import work
-from sparsec.passes.cut import cut, silence
+from sparsec.passes.channels.channel_choice import work
+from sparsec.passes.channels.cut import cut, silence
 from sparsec.passes_api import Context
 from sparsec.pipeline import model_bytes, relative_error
 

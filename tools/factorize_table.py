@@ -99,7 +99,7 @@ def states(x: np.ndarray) -> Samples:
 
 def outputs(model: Any, samples: Samples) -> np.ndarray:
     """The model's first output of each sample, [N, ...]."""
-    from sparsec.passes.segments import Segment
+    from sparsec.passes.measure.segments import Segment
 
     result = str(model.graph.outputs[0].name)
     segment = Segment(model, None, [result])
@@ -126,10 +126,10 @@ def weights(model: Any) -> int:
 
 def seen_layers(given: Case) -> Iterator[tuple[Any, Any, Any, bool]]:
     """Layers that can be factorized, with statistics of the calibration and of the held samples, and whether centred."""
-    from sparsec.passes.factors import refusal
     from sparsec.passes.layers import select_layers
-    from sparsec.passes.replay import goal_of
-    from sparsec.passes.statistics import gather
+    from sparsec.passes.low_rank.factors import refusal
+    from sparsec.passes.measure.replay import goal_of
+    from sparsec.passes.measure.statistics import gather
 
     model = given.load()
     layers = [layer for layer in select_layers(model).layers if not refusal(layer)]
@@ -147,8 +147,8 @@ def output_error(difference: np.ndarray, statistics: Any, shift: np.ndarray) -> 
 
 def metric_of(own: Any, centred: bool) -> Any:
     """What the pass uses."""
-    from sparsec.passes.metric import Metric
-    from sparsec.passes.reconstruct import RIDGE, damp
+    from sparsec.passes.low_rank.metric import Metric
+    from sparsec.passes.pruning.reconstruct import RIDGE, damp
 
     return Metric(damp(own.covariance if centred else own.gram, RIDGE)[0])
 
@@ -163,8 +163,8 @@ def judged(goal: Any, factors: Any, own: Any, other: Any, corrected: bool) -> fl
 
 def layer_rows(given: Case) -> Iterator[dict[str, Any]]:
     """Plain and whitened SVD of the same rank, half the parameters."""
-    from sparsec.passes.low_rank import Svd
-    from sparsec.passes.metric import Objective
+    from sparsec.passes.low_rank.decompositions import Svd
+    from sparsec.passes.low_rank.metric import Objective
 
     for layer, own, other, centred in seen_layers(given):
         oc, ic, kh, kw = layer.shape
@@ -185,7 +185,7 @@ def layer_rows(given: Case) -> Iterator[dict[str, Any]]:
 
 def held_bytes(factors: Any) -> int:
     """Of the smallest stored form of every factor."""
-    from sparsec.passes.factor_forms import stored_bytes
+    from sparsec.passes.low_rank.factor_forms import stored_bytes
 
     return sum(stored_bytes(f) for chain in factors.chains for _, f in chain)
 
@@ -196,10 +196,10 @@ FINALISTS = 4  # splits and patterns that are searched in full
 
 def byte_rows(given: Case, share: float = 0.5) -> Iterator[dict[str, Any]]:
     """The best of each kind at `share` of the layer's bytes, chosen on the calibration samples."""
-    from sparsec.passes.low_rank import Svd
-    from sparsec.passes.masks import Pattern
-    from sparsec.passes.metric import Objective
-    from sparsec.passes.residual_sparse import LowRankPlusSparse, Sparse
+    from sparsec.passes.low_rank.decompositions import Svd
+    from sparsec.passes.low_rank.metric import Objective
+    from sparsec.passes.low_rank.residual_sparse import LowRankPlusSparse, Sparse
+    from sparsec.passes.pruning.masks import Pattern
 
     def density(shape: Any, rest: float, pattern: Any) -> float:
         """Of S, so that it takes `rest` bytes."""
@@ -365,8 +365,8 @@ def speed_rows(given: Case, shares: list[float], rounds: int, keep: Path) -> Ite
 
 def multiply_adds(model: Any) -> dict[str, float]:
     """Of every node that has any, by name: of a constant weight where it is not zero, of two activations all."""
-    from sparsec.passes.allocate import positions
     from sparsec.passes.layers import weighted_layers
+    from sparsec.passes.pruning.allocate import positions
 
     found = {layer.name: float(np.count_nonzero(layer.read()) * positions(layer)) for layer in weighted_layers(model)}
     for node in model.graph:

@@ -154,7 +154,7 @@ def in_floats(path: Path) -> bytes:
 
 def logits(model: Any, x: np.ndarray) -> np.ndarray:
     """The model's first output for each sample, [N, classes]."""
-    from sparsec.passes.segments import Segment, batches
+    from sparsec.passes.measure.segments import Segment, batches
 
     name, result = str(model.graph.inputs[0].name), str(model.graph.outputs[0].name)
     segment = Segment(model, None, [result])

@@ -27,8 +27,8 @@ from sparsec.inprocess import InProcess
 from sparsec.limits import Limits
 from sparsec.loading import load_model, model_bytes
 from sparsec.lowering import lower
-from sparsec.passes.fold_constants import quiet_session
-from sparsec.passes.widen import Widen
+from sparsec.passes.normalisation.fold_constants import quiet_session
+from sparsec.passes.normalisation.widen import Widen
 from sparsec.pipeline import run_passes
 from sparsec.ports import input_spec
 from sparsec.rounding import Rounding, allowed_count, beyond, rounding

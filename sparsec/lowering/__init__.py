@@ -21,7 +21,7 @@ from sparsec.lowering.quantized import unread
 from sparsec.lowering.rules.base import Context, Taken, declare
 from sparsec.lowering.select import select
 from sparsec.lowering.sums import gather_sums
-from sparsec.passes.quantized_ports import port_quantization
+from sparsec.passes.quantization.ports import port_quantization
 from sparsec.program import Layer, Program, Tensor
 from sparsec.targets import Target
 from sparsec.tuning import Choices

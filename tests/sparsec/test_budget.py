@@ -18,9 +18,9 @@ from sparsec.lowering.predict import layer_price
 from sparsec.models.demo import demo
 from sparsec.models.demo_data import generate
 from sparsec.pass_specs import as_step
-from sparsec.passes.allocate import allocate
 from sparsec.passes.layers import select_layers
-from sparsec.passes.masks import Pattern, draw_masks, magnitude
+from sparsec.passes.pruning.allocate import allocate
+from sparsec.passes.pruning.masks import Pattern, draw_masks, magnitude
 from sparsec.passes_api import Context, Pass, PassResult
 from sparsec.ports import input_spec
 from sparsec.targets import find_target

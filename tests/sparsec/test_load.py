@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sparsec.errors import ModelError, SparsecError, UnsupportedError, UsageError
 from sparsec.loading import load_model, model_bytes
 from sparsec.opsets import IR_VERSION, OPSET
-from sparsec.passes.fold_constants import static_shape
+from sparsec.passes.normalisation.fold_constants import static_shape
 from sparsec.pipeline import ROUNDED_AGAIN, relative_error, sample_inputs
 from sparsec.tolerance import derive_tolerance
 

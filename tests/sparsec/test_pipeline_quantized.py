@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from sparsec.errors import CheckError
-from sparsec.passes.quantize import Quantize
+from sparsec.passes.quantization.quantize import Quantize
 from sparsec.passes_api import Pass, PassResult
 from sparsec.pipeline import check_equal, run_passes
 from tests.passes.conftest import save

@@ -14,7 +14,7 @@ from sparsec.artifact import Artifact
 from sparsec.kernels.conv import Geometry
 from sparsec.kernels.quantized import QuantType
 from sparsec.lowering.rules.quantized_conv import price_quantized_conv
-from sparsec.passes.quantize import Quantize
+from sparsec.passes.quantization.quantize import Quantize
 from sparsec.targets import find_target
 from sparsec.tuner import make_trials
 from tests.passes.conftest import save

@@ -1,0 +1,1 @@
+"""`quantize`: ranges, grids of integers and the nodes that stand for them."""
