@@ -16,6 +16,17 @@ static __device__ __forceinline__ void sparsec_mma_f16(float *d, const void *a, 
         : "r"(ra[0]), "r"(ra[1]), "r"(ra[2]), "r"(ra[3]), "r"(rb[0]), "r"(rb[1]));
 }
 
+/* D += A B where A [16][32] has at most 2 of 4 neighbours in a row that are not zero: a: their values, 4 registers as above;
+   e: where they are, of lanes 2 SELECTOR and 2 SELECTOR + 1 of a quad; b: 4 registers, B [32][8] (mma.sp.m16n8k32). */
+template <int SELECTOR> static __device__ __forceinline__ void sparsec_mma_sparse(float *d, const void *a, const void *b, unsigned e) {
+    const unsigned *ra = (const unsigned *)a, *rb = (const unsigned *)b;
+    asm volatile(
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(ra[0]), "r"(ra[1]), "r"(ra[2]), "r"(ra[3]), "r"(rb[0]), "r"(rb[1]), "r"(rb[2]), "r"(rb[3]), "r"(e), "n"(SELECTOR));
+}
+
 static __device__ __forceinline__ unsigned sparsec_shared_address(const void *p) {
     return (unsigned)__cvta_generic_to_shared(p);
 }

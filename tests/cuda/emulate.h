@@ -270,6 +270,31 @@ static void sparsec_mma_f16(float *d, const void *a, const void *b) {
     }
 }
 
+/* PTX ISA, mma.sp.m16n8k32: A's stored values as above; B[2 t + i % 2 + 8 (i / 2)][g]; of metadata, lanes 2 SELECTOR and the
+   next of a quad have 16 columns each, of row g in the lower and of row g + 8 in the upper half, 2 bits a value. */
+template <int SELECTOR> static void sparsec_mma_sparse(float *d, const void *a, const void *b, unsigned e) {
+    unsigned all_registers[9];
+    memcpy(all_registers, a, 16);
+    memcpy(all_registers + 4, b, 16);
+    all_registers[8] = e;
+    exchange<unsigned> all(all_registers, 9);
+    int g = emulated_lane() / 4, t = emulated_lane() % 4;
+    for (int i = 0; i < 4; i++) {
+        int row = g + 8 * (i / 2), column = 2 * t + i % 2;
+        double sum = d[i];
+        for (int s = 0; s < 16; s++) {
+            unsigned word = all(row % 8 * 4 + 2 * SELECTOR + s / 8, 8) >> (16 * (row / 8));
+            unsigned at = word >> (2 * (s % 8)) & 3, other = word >> (2 * (s % 8 ^ 1)) & 3;
+            if (s % 2 ? at <= other : at >= other) broken("metadata out of order");
+            int k = s / 2 * 4 + (int)at, ia = 2 * (row / 8) + 4 * (s / 8) + s % 2, ib = 2 * (k / 8) + k % 2;
+            half x = emulated_half(all(row % 8 * 4 + s % 8 / 2, ia / 2), ia % 2);
+            half w = emulated_half(all(column * 4 + k % 8 / 2, 4 + ib / 2), ib % 2);
+            sum += (double)x * (double)w;
+        }
+        d[i] = (float)sum;
+    }
+}
+
 /* Asynchronous copies arrive as late as they may: when the thread waits for their group. */
 struct late_copy {
     void *to;
