@@ -1,7 +1,8 @@
 """Parity: an artifact's outputs against ONNX Runtime's on the same rewritten model, the worst over all samples.
 
 Relative error of an output is max |difference| / max |reference|, taken for each sample; the worst sample counts.
-The tolerance is derived from the model (`sparsec.tolerance`) when it is compiled and kept in the manifest. For an output
+The tolerance is derived from the model (`sparsec.tolerance`) when it is compiled and kept in the manifest; in a sample that
+exceeds it, from the sample too, whose sums may cancel (`sparsec.conditioning`). For an output
 that a QuantizeLinear reaches it is derived from the model and the sample, and nearly all elements must be within one
 quantization step (`sparsec.rounding`).
 """
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparsec.conditioning import Conditioning
 from sparsec.errors import DataError
 from sparsec.rounding import Rounding, allowed_count, beyond, rounding
 from sparsec.tolerance import floors, for_sample
@@ -119,8 +121,15 @@ def _digits(value: float) -> float | None:
 class Tallies:
     """Errors of every output over the samples."""
 
-    def __init__(self, tolerances: Mapping[str, float], law: Rounding | None, floors: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        tolerances: Mapping[str, float],
+        law: Rounding | None,
+        floors: Mapping[str, float],
+        conditioning: Conditioning | None,
+    ) -> None:
         self._law = law
+        self._conditioning = conditioning
         self._floors = floors
         self._tolerances = {name: float(value) for name, value in tolerances.items()}
         self._absolute = dict.fromkeys(tolerances, 0.0)
@@ -131,6 +140,7 @@ class Tallies:
         """Compare one sample."""
         witness = self._law.witness(sample) if self._law is not None else {}
         bounds: dict[str, float] = {}  # costly, and seldom needed
+        cancelled: dict[str, float] = {}  # likewise
         for name in self._tolerances:
             absolute, relative = errors(got[name], wanted[name])
             tolerance = for_sample(self._tolerances[name], self._floors.get(name, 0.0), wanted[name])
@@ -146,6 +156,10 @@ class Tallies:
                 if absolute > step and not bounds:
                     bounds = self._law.bounds(sample, wanted)
                 tolerance = relative_bound(bounds.get(name, step), reference)
+            elif self._conditioning is not None and 0 < tolerance < relative < math.inf:
+                cancelled = cancelled or self._conditioning.bounds(sample)
+                measured = relative_bound(cancelled[name], wanted[name])
+                tolerance = max(tolerance, for_sample(measured, self._floors.get(name, 0.0), wanted[name]))
             self._absolute[name] = max(self._absolute[name], absolute)
             if _used(relative, tolerance) > _used(*self._worst[name]) or not self._worst[name][0]:
                 self._worst[name] = (relative, tolerance)
@@ -165,7 +179,9 @@ def tallies_of(artifact: Artifact) -> Tallies:
 
     data = (artifact.path / "model.onnx").read_bytes()
     order = {spec.name: artifact.manifest["tolerances"][spec.name] for spec in artifact.outputs}
-    return Tallies(order, rounding(data), floors(ir.from_proto(onnx.load_model_from_string(data))))
+    lowest = floors(ir.from_proto(onnx.load_model_from_string(data)))
+    single = artifact.manifest["target"]["precision"] == "f32"
+    return Tallies(order, rounding(data), lowest, Conditioning(data) if single else None)
 
 
 def _used(error: float, tolerance: float) -> float:

@@ -54,8 +54,8 @@ def derive_tolerance(model: onnx_ir.Model) -> float:
     otherwise and 0 for operators that only select or move values. Times 4 (standard deviations), because the maximum
     over all elements is compared.
     """
-    roundings = sum(_roundings(node) for node in model.graph)
-    return SIGMAS * UNIT_ROUNDOFF * math.sqrt(2 * max(roundings, 1))
+    count = sum(roundings(node) for node in model.graph)
+    return SIGMAS * UNIT_ROUNDOFF * math.sqrt(2 * max(count, 1))
 
 
 def derive_half_tolerance(model: onnx_ir.Model) -> float:
@@ -66,11 +66,11 @@ def derive_half_tolerance(model: onnx_ir.Model) -> float:
     weights and the result are rounded once each. Library functions, softmax and normalizations are float32 inside.
     Errors of layers add up, times 4 (standard deviations).
     """
-    roundings = 0.0
+    count = 0.0
     for node in model.graph:
-        length = 0 if node.op_type in _FUNCTIONS else _roundings(node)
-        roundings += 0 if node.op_type in _ERROR_FREE else min(length, CHAIN) + length / CHAIN + 2
-    return SIGMAS * HALF_ROUNDOFF * math.sqrt(max(roundings, 1) / 3)
+        length = 0 if node.op_type in _FUNCTIONS else roundings(node)
+        count += 0 if node.op_type in _ERROR_FREE else min(length, CHAIN) + length / CHAIN + 2
+    return SIGMAS * HALF_ROUNDOFF * math.sqrt(max(count, 1) / 3)
 
 
 def tolerances(model: onnx_ir.Model, target: Target) -> dict[str, float]:
@@ -108,8 +108,8 @@ def for_sample(relative: float, floor: float, reference: np.ndarray) -> float:
     return relative + floor / size if size else relative
 
 
-def _roundings(node: Any) -> int:
-    """How often the value behind one output element of `node` is rounded."""
+def roundings(node: Any) -> int:
+    """How often the value behind one output element of `node` is rounded; the number of terms of a sum."""
     kind = node.op_type
     if kind in _ERROR_FREE:
         return 0
