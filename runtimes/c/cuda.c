@@ -147,8 +147,8 @@ static int prepare(sparsec_model *m, const sparsec_options *options, const spars
 /* Gives back what the instance holds, whole or half opened. Failures here have nobody to tell. */
 static void release(sparsec_model *m) {
     sparsec_driver *d = &m->driver;
-    if (m->context) {
-        int current = !d->cuCtxPushCurrent_v2(m->context);
+    CUcontext popped;
+    if (m->context && !d->cuCtxPushCurrent_v2(m->context)) { /* otherwise all of it goes with the context */
         if (m->stream) d->cuStreamSynchronize(m->stream);
         if (m->graph) d->cuGraphExecDestroy(m->graph);
         if (m->end) d->cuEventDestroy_v2(m->end);
@@ -157,8 +157,7 @@ static void release(sparsec_model *m) {
         if (m->memory) d->cuMemFree_v2(m->memory);
         if (m->module) d->cuModuleUnload(m->module);
         if (m->own_stream) d->cuStreamDestroy_v2(m->own_stream);
-        CUcontext popped;
-        if (current) d->cuCtxPopCurrent_v2(&popped);
+        d->cuCtxPopCurrent_v2(&popped);
     }
     if (m->retained) d->cuDevicePrimaryCtxRelease_v2(m->device);
     if (m->host.pool) sparsec_pool_stop(m->host.pool);
