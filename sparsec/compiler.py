@@ -42,7 +42,7 @@ from sparsec.program import Program
 from sparsec.recipe import Recipe, load_recipe
 from sparsec.samples import parity_sample, rounding_tolerances
 from sparsec.staging import check_output, staged
-from sparsec.targets import Target, find_target, missing_features, with_precision
+from sparsec.targets import Target, find_target, missing_features, with_cpu_fallback, with_precision
 from sparsec.tolerance import floors, for_sample, tolerances
 from sparsec.tuning import Lookup, read_tuning
 from sparsec.verify import verify
@@ -77,6 +77,7 @@ def compile(
     arch: str | None = None,
     host: str | None = None,
     precision: str = "f32",
+    allow_cpu_fallback: bool = False,
     threads: int = 1,
     output: str | _os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -96,7 +97,8 @@ def compile(
     model: path, bytes, `onnx.ModelProto` or `onnx_ir.Model`; the caller's object is left alone. target: "host", "arm", ...
     (default: the recipe's, else "host"). passes: specs such as "prune:sparsity=0.8,block=4x1", pass objects or classes,
     after those of `recipe`. arch, host: for target "cuda", the GPU's architecture ("sm_87", ...) and the processor beside
-    it ("x86_64", "aarch64"). calibration: an .npz, a folder of images with `preprocess`, arrays by input name, or `Images`.
+    it ("x86_64", "aarch64"). allow_cpu_fallback: operators that the GPU lacks run there instead of being refused.
+    calibration: an .npz, a folder of images with `preprocess`, arrays by input name, or `Images`.
     precision: "f32", or "f16" on CPUs with float16 arithmetic: layers store and compute in it, inputs and outputs stay
     float32. shapes: input name to full shape. bind: inputs fixed to a constant. threads: the artifact's default. output: the
     artifact if it ends in ".sparsec", else the folder for it; without it the artifact lives in a temporary directory that
@@ -117,6 +119,8 @@ def compile(
         target if isinstance(target, Target) else find_target(target or chosen.target or "host", cpu, os, arch, host)
     )
     machine = with_precision(machine, precision)
+    if allow_cpu_fallback:
+        machine = with_cpu_fallback(machine)
     if tuning is not None and precision != "f32":
         raise UsageError("measured choices are of float32 kernels; leave out --tuning or --precision", "--tuning")
     choices = Lookup(read_tuning(tuning)) if tuning is not None else None

@@ -114,7 +114,7 @@ def _proto(model: Any, limits: Limits) -> onnx.ModelProto | None:
 
 def _refused(model: ir.Model, target: Target) -> Iterator[str]:
     """Nodes that lowering refuses, tried one by one, each kind once."""
-    from sparsec.lowering.generic import ELEMENTWISE, lower_generic
+    from sparsec.lowering.generic import ELEMENTWISE, ON_CPU, lower_generic
 
     machine = target.machine.single()
     tried: dict[Any, str] = {}
@@ -125,10 +125,12 @@ def _refused(model: ir.Model, target: Target) -> Iterator[str]:
         constants = any(v is not None and v.const_value is not None for v in node.inputs)
         if key not in tried or constants:
             try:
-                lower_generic([node], machine)
+                lower_generic([node], machine, gpu=target.gpu, cpu_fallback=target.cpu_fallback)
                 tried[key] = ""
             except UnsupportedError as error:
                 (problem, *_) = error.problems or (error.message,)
                 tried[key] = problem.rpartition("): ")[2] or problem
         if tried[key]:
-            yield f"{node.op_type} {node.name!r}: {tried[key]}; {REMEDIES.get(node.op_type, DEFAULT_REMEDY)}"
+            remedy = REMEDIES.get(node.op_type, DEFAULT_REMEDY)
+            remedy = ON_CPU if target.gpu is not None and not target.cpu_fallback else remedy
+            yield f"{node.op_type} {node.name!r}: {tried[key]}; {remedy}"

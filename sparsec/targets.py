@@ -31,6 +31,7 @@ class Target:
     runtime: str  # the runtime adapter that runs its artifacts here
     description: str = ""
     gpu: Gpu | None = None
+    cpu_fallback: bool = False  # operators that the GPU lacks run on the processor beside it
 
     @property
     def precision(self) -> str:
@@ -214,6 +215,17 @@ def _gpu(arch: str) -> Gpu:
 
 
 PRECISIONS = ("f32", "f16")
+
+
+def with_cpu_fallback(target: Target) -> Target:
+    """`target` running what its GPU lacks on the processor beside it. Raises TargetError where there is no GPU."""
+    if target.gpu is None:
+        raise TargetError(
+            f"target {target.name!r} has no GPU that could lack operators; leave it out", "--allow-cpu-fallback"
+        )
+    return replace(target, cpu_fallback=True)
+
+
 _HALF = frozenset({"fp16", "avx512fp16"})  # features that mean arithmetic, not only conversion
 
 

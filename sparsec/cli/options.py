@@ -1,6 +1,6 @@
 """Options that several verbs share. A group of options reaches its verb as one argument.
 
-MACHINE  --target --cpu --os --arch --host --precision          machine: Machine
+MACHINE  --target --cpu --os --arch --host --precision --allow-cpu-fallback     machine: Machine
 REWRITE  --recipe --pass --plugin --calibration --preprocess    rewriting: Rewriting
 SHAPES   --shape --bind --limit                                 fixed: Fixed
 REPORT   --json -v                                              as_json: bool, verbose: bool
@@ -36,20 +36,22 @@ class Machine:
     arch: str | None
     host: str | None
     precision: str | None
+    allow_cpu_fallback: bool
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Keywords of `sparsec.compile`."""
         named = {"target": self.target, "cpu": self.cpu, "os": self.system, "arch": self.arch, "host": self.host}
-        return {**named, "precision": self.precision or "f32"}
+        more = {"allow_cpu_fallback": True} if self.allow_cpu_fallback else {}
+        return {**named, "precision": self.precision or "f32", **more}
 
     def find(self) -> Target:
         """The target, host where none was named. Raises TargetError."""
-        from sparsec.targets import find_target, with_precision
+        from sparsec.targets import find_target, with_cpu_fallback, with_precision
 
-        return with_precision(
-            find_target(self.target or "host", self.cpu, self.system, self.arch, self.host), self.precision or "f32"
-        )
+        found = find_target(self.target or "host", self.cpu, self.system, self.arch, self.host)
+        found = with_precision(found, self.precision or "f32")
+        return with_cpu_fallback(found) if self.allow_cpu_fallback else found
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,7 @@ def only_for_models(fixed: Fixed, machine: Machine | None = None) -> None:
     """Refuse options that an artifact has already decided."""
     given: dict[str, Any] = {}
     if machine is not None:
-        given = {**vars(machine), "os": machine.system}
-        del given["system"]
+        given = {name.replace("_", "-").replace("system", "os"): value for name, value in vars(machine).items()}
     given |= {"shape": fixed.shapes, "bind": fixed.bind, "limit": fixed.limits != DEFAULT}
     for name, value in given.items():
         if value:
@@ -168,4 +169,5 @@ MACHINE = _group(
     click.option("--arch", metavar="NAME", help="cuda: the GPU's architecture, sm_87, sm_90, ..."),
     click.option("--host", metavar="NAME", help="cuda: the processor beside the GPU, x86_64 or aarch64."),
     click.option("--precision", metavar="f32|f16", help="What layers store and compute in.  [default: f32]"),
+    click.option("--allow-cpu-fallback", is_flag=True, help="cuda: run operators that the GPU lacks on the host."),
 )

@@ -23,6 +23,7 @@ from sparsec.program import Kernel, Launch
 
 PRELUDE = """\
 #include <cuda_fp16.h>
+#include <math_constants.h>
 typedef signed char int8_t;
 typedef unsigned char uint8_t;
 typedef short int16_t;

@@ -50,7 +50,7 @@ def lower(model: ir.Model, target: Target, name: str = "model", tuning: Choices 
         except UnsupportedError as error:  # go on: the user wants to see all of them
             problems += error.problems or (str(error),)
     if problems:
-        raise unsupported(problems)
+        raise unsupported(problems, target.gpu is not None and not target.cpu_fallback)
     for value in graph.outputs:
         declare(calls, value, "float32")
     program = plan(name, target, calls, [str(v.name) for v in graph.inputs], [str(v.name) for v in graph.outputs])
@@ -128,7 +128,7 @@ def _emit_generic(items: list[tuple[ir.Node, str]], calls: Calls, target: Target
             if value is not None and value.name:
                 declare(calls, value, "float32")
     machine = target.machine.single()
-    region = lower_generic(nodes, machine, gpu=target.gpu)
+    region = lower_generic(nodes, machine, gpu=target.gpu, cpu_fallback=target.cpu_fallback)
     own: dict[str, str] = {}  # the region's names -> names that are new here
     for name, (shape, dtype) in region.temporaries.items():
         own[name] = calls.value(calls.fresh(name), shape, dtype)
@@ -146,7 +146,14 @@ def _emit_generic(items: list[tuple[ir.Node, str]], calls: Calls, target: Target
         shape = next((outputs[n] for n in step.outputs if n in outputs), ())
         why = "; ".join(dict.fromkeys(reasons[n] for n in step.nodes if n in reasons))
         ops = "+".join(node.op_type for node in nodes if node.name in step.nodes)
-        us = _generic_us(target, float(step.flops), float(step.bytes))
+        gpu = target.gpu if step.kernel.launch is not None else None
+        us = (
+            device_us(gpu, step.flops, step.bytes)
+            if gpu
+            else roofline_us(machine, float(step.flops), float(step.bytes))
+        )
+        if target.gpu is not None and gpu is None:
+            why = f"on the host's CPU: {step.why}"
         calls.layers.append(
             Layer(
                 step.nodes[0] if step.nodes else "",
@@ -159,12 +166,6 @@ def _emit_generic(items: list[tuple[ir.Node, str]], calls: Calls, target: Target
                 nodes=step.nodes,
             )
         )
-
-
-def _generic_us(target: Target, flops: float, moved: float) -> float:
-    if target.gpu is not None:
-        return device_us(target.gpu, flops, moved)
-    return roofline_us(target.machine.single(), flops, moved)
 
 
 def generic_share(program: Program) -> float:

@@ -34,6 +34,7 @@ from sparsec.kernels.cuda.emit import MAX_GRID, MAX_THREADS, WARP
 from sparsec.lowering.loops import const_int, itemsize, operation_count, shape_of, statements
 from sparsec.program import MAX_ARGS, Launch
 
+STATIC_SHARED = 48 << 10  # bytes of a block that need no request: CUDA C++ Programming Guide, compute capabilities
 REDUCERS = 256  # threads of a block that reduce together
 SHORT = 64  # terms: reductions no longer than that are left to one thread each where there are MANY of them
 MANY = 256  # results
@@ -64,7 +65,7 @@ def split_device(func: Any, gpu: Gpu) -> tuple[list[DeviceNest], dict[str, tuple
 
     Raises ValueError if no rule gives its work to threads, or if a kernel needs more than MAX_ARGS buffers.
     """
-    target = tvm.target.Target({"kind": "cuda", "arch": gpu.arch})
+    target = tvm.target.Target({"kind": "cuda", "arch": gpu.arch, "max_shared_memory_per_block": STATIC_SHARED})
     problem = "its loops depend on each other: no threads to share them"
     lazy = None
     for rule in _rules(func):

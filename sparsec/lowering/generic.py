@@ -35,6 +35,9 @@ ELEMENTWISE = frozenset({
 })  # fmt: skip
 
 
+ON_CPU = "--allow-cpu-fallback runs on the host's CPU what has a lowering there"
+
+
 @dataclass(frozen=True)
 class ScratchBuffer:
     """A buffer that only one step uses, too large for the stack; placed in the arena like an activation."""
@@ -58,6 +61,7 @@ class GenericStep:
     nodes: tuple[str, ...]  # ONNX nodes it came from
     flops: int
     bytes: int  # read and written once each
+    why: str = ""  # a step of the CPU where there is a GPU: what the GPU lacks
 
 
 @dataclass(frozen=True)
@@ -70,29 +74,31 @@ class GenericRegion:
 
 
 def lower_generic(
-    nodes: Sequence[onnx_ir.Node], machine: Machine, opset: int | None = None, gpu: Gpu | None = None
-) -> GenericRegion:
+    nodes: Sequence[onnx_ir.Node], machine: Machine, opset: int | None = None, gpu: Gpu | None = None,
+    cpu_fallback: bool = False,
+) -> GenericRegion:  # fmt: skip
     """Lower a topologically ordered convex run of nodes with static shapes, for `gpu` if there is one.
 
-    `opset` defaults to the one that the nodes' graph imports. Raises UnsupportedError that lists every node for which
-    there is no route.
+    cpu_fallback: what the GPU lacks becomes steps of `machine`, their kernels without a launch. `opset` defaults to the one
+    that the nodes' graph imports. Raises UnsupportedError that lists every node for which there is no route.
     """
     if opset is None:
         graph = nodes[0].graph if nodes else None
         opset = graph.opset_imports.get("", 17) if graph is not None else 17
-    region = _Region(machine, opset, gpu)
+    region = _Region(machine, opset, gpu, cpu_fallback)
     problems: list[str] = []
     for group in _groups(nodes):
         problems += region.add(group)
     if problems:
-        raise unsupported(problems)
+        raise unsupported(problems, gpu is not None and not cpu_fallback)
     return GenericRegion(tuple(region.steps), region.temporaries, region.constants)
 
 
-def unsupported(problems: Sequence[str]) -> UnsupportedError:
-    """The error that names every node of `problems`."""
+def unsupported(problems: Sequence[str], gpu: bool = False) -> UnsupportedError:
+    """The error that names every node of `problems`; gpu: which the GPU lacks."""
     nodes = "1 node" if len(problems) == 1 else f"{len(problems)} nodes"
-    return UnsupportedError(f"no kernel and no generic lowering for {nodes}: " + "; ".join(problems), problems=problems)
+    text = f"no kernel and no generic lowering for {nodes}: " + "; ".join(problems)
+    return UnsupportedError(f"{text}; {ON_CPU}" if gpu else text, problems=problems)
 
 
 def _groups(nodes: Sequence[onnx_ir.Node]) -> list[list[onnx_ir.Node]]:
@@ -135,14 +141,16 @@ def _with_weights(node: onnx_ir.Node) -> list[onnx_ir.Node]:
 class _Region:
     """Collects the steps of the groups."""
 
-    def __init__(self, machine: Machine, opset: int, gpu: Gpu | None) -> None:
+    def __init__(self, machine: Machine, opset: int, gpu: Gpu | None, cpu_fallback: bool) -> None:
         self.machine = machine
         self.gpu = gpu
+        self.cpu_fallback = cpu_fallback
         self.opset = opset
         self.steps: list[GenericStep] = []
         self.temporaries: dict[str, tuple[tuple[int, ...], str]] = {}
         self.constants: dict[str, np.ndarray] = {}
         self._fresh = 0
+        self._why = ""
         self._by_content: dict[tuple[str, tuple[int, ...], bytes], str] = {}
 
     def add(self, group: list[onnx_ir.Node]) -> list[str]:
@@ -161,7 +169,17 @@ class _Region:
                 self._lower(group, fuse=False)
                 return []
             except Refused:
+                if self.gpu is not None and self.cpu_fallback:
+                    return self._on_cpu(group, str(reason))
                 return [f"{group[-1].name or group[-1].outputs[0].name} ({group[-1].op_type}): {reason}"]
+
+    def _on_cpu(self, group: list[onnx_ir.Node], why: str) -> list[str]:
+        """The same for the processor beside the GPU. `why`: what the GPU lacks."""
+        gpu, self.gpu, self._why = self.gpu, None, why
+        try:
+            return self.add(group)
+        finally:
+            self.gpu, self._why = gpu, ""
 
     def _lower(self, group: list[onnx_ir.Node], fuse: bool) -> None:
         model = group_model(group, self.opset)
@@ -221,6 +239,7 @@ class _Region:
                 nodes=names,
                 flops=nest.flops,
                 bytes=nest.bytes,
+                why=self._why,
             )
         )
 

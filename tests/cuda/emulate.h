@@ -81,6 +81,10 @@ static inline half hexp(half x) { return (half)expf((float)x); }
 static inline half hsqrt(half x) { return (half)sqrtf((float)x); }
 static inline unsigned __float_as_uint(float x) { unsigned r; memcpy(&r, &x, 4); return r; }
 static inline float __uint_as_float(unsigned x) { float r; memcpy(&r, &x, 4); return r; }
+#define CUDART_INF_F __builtin_inff()
+#define CUDART_INF __builtin_inf()
+#define CUDART_NAN_F __builtin_nanf("")
+#define CUDART_NAN __builtin_nan("")
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 template <class T> static inline T __ldg(const T *p) { return *p; }
 template <class T> static inline T max(T a, T b) { return a > b ? a : b; }
