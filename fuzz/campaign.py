@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,14 +84,14 @@ def one(harness: Harness, seconds: float, seed: int, keep: Path) -> dict[str, An
         status, usage = _wait(child.pid, seconds + PATIENCE)
     child.returncode = status
     text = output.read_text(errors="replace")
-    counts = [int(n) for n in re.findall(rf"(\d+)\s+{harness.unit}\b", text)] or [
-        int(n) for n in re.findall(r"Done (\d+) runs", text)
-    ]
+    counts = re.findall(rf"(\d+)\s+{harness.unit}\b", text) or re.findall(r"Done (\d+) runs", text)
+    details = {name: int(n) for n, name in re.findall(r"^ +(\d+)  (\S.*)$", text, re.MULTILINE)}  # of graphs
     if not status:
         output.unlink()
     return {
-        "harness": harness.name, "seed": seed, harness.unit: counts[-1] if counts else 0, "status": status,
+        "harness": harness.name, "seed": seed, harness.unit: int(counts[-1]) if counts else 0, "status": status,
         "cpu": round(usage, 2), "wall": round(time.monotonic() - began, 1), **({"log": str(output)} if status else {}),
+        **({"counts": details} if details else {}),
     }  # fmt: skip
 
 
@@ -122,7 +123,11 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
         lines.append(
             f"| {name} | {count:,}{' graphs' if unit == 'graphs' else ''} | {cpu:,.0f} | {failed} of {len(own)} |"
         )
-    return "\n".join([*lines, f"| all | | {sum(r['cpu'] for r in records):,.0f} | |"])
+    details: Counter[str] = Counter()
+    for record in records:
+        details.update(record.get("counts", {}))
+    lines.append(f"| all | | {sum(r['cpu'] for r in records):,.0f} | |")
+    return "\n".join([*lines, "", *(f"- {name}: {number:,}" for name, number in sorted(details.items()))]).rstrip()
 
 
 def main() -> None:
