@@ -27,6 +27,7 @@ Arrays = dict[str, np.ndarray]
 
 BUILT_IN = {
     "native": "sparsec.runtimes.native:Native",
+    "cuda": "sparsec.runtimes.cuda:Cuda",
     "emulated": "sparsec.runtimes.emulated:Emulated",
     "adb": "sparsec.runtimes.adb:Adb",
     "ssh": "sparsec.runtimes.ssh:Ssh",
@@ -73,6 +74,20 @@ class Stats:
         return {"runs": self.runs, **numbers, "peak_bytes": self.peak_bytes}
 
 
+@dataclass(frozen=True)
+class DeviceTime:
+    """Latencies by the clock of an accelerator called `name`: its own work, without copies from and to the host."""
+
+    name: str
+    stats: Stats
+
+    def json(self) -> dict[str, Any]:
+        """The key `device` of `bench --json`."""
+        times = self.stats.json()
+        del times["peak_bytes"]
+        return {"name": self.name, **times}
+
+
 class Session(ABC):
     """An opened model. Use as a context manager; one thread at a time."""
 
@@ -101,6 +116,10 @@ class Session(ABC):
     def once(self, inputs: Arrays) -> Callable[[], object]:
         """A function without arguments that runs the model once; only where `interleaves`."""
         raise NotImplementedError(type(self).__name__)
+
+    def device_time(self, inputs: Arrays, runs: int, warmup: int = 1) -> DeviceTime | None:
+        """What an accelerator needs of a run, `runs` times after `warmup` runs; None where there is none."""
+        return None
 
     def peak_bytes(self) -> int | None:
         """Memory that the model needs at its highest, if known."""
@@ -168,6 +187,8 @@ def find_runtime(spec: str | None, artifact: Compiled) -> Runtime:
 def default_runtime(artifact: Compiled) -> str:
     """`native` where this machine can load the artifact's library, else what its target names."""
     target = artifact.manifest["target"]
+    if target["runtime"] == "cuda":
+        return "cuda"
     if target["arch"] == machine_arch() and target["os"] == "linux":
         return "native"
     return "emulated" if target["runtime"] == "native" and target["arch"] == "aarch64" else target["runtime"]

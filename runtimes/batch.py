@@ -21,7 +21,7 @@ import numpy as np
 
 from sparsec.errors import ArtifactError, CheckError, RuntimeUnavailable
 from sparsec.ports import InputSpec
-from sparsec.runtimes.base import Arrays, Compiled, Session, Stats
+from sparsec.runtimes.base import Arrays, Compiled, DeviceTime, Session, Stats
 
 BATCH_BYTES = 64 << 20  # of inputs in one start
 BATCH_SAMPLES = 64
@@ -67,6 +67,7 @@ class BenchSession(Session):
         self._artifact = artifact
         self._threads = threads or artifact.manifest["threads"]
         self._where = where
+        self._device: DeviceTime | None = None  # of the last `time`
 
     @abstractmethod
     def _start(self, arguments: list[str], samples: bytes | None) -> Done:
@@ -99,10 +100,15 @@ class BenchSession(Session):
         self._check(done)
         try:
             facts: dict[str, Any] = json.loads(done.stdout)
-            times = {key: float(facts[key]) for key in ("median_ms", "p90_ms", "min_ms")}
-            return Stats(runs, p10_ms=float(facts["p10_ms"]), peak_bytes=int(facts["peak_bytes"]), **times)
+            if device := facts.get("device"):
+                self._device = DeviceTime(str(device["name"]), _stats(device, runs))
+            return _stats(facts, runs, int(facts["peak_bytes"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"bench printed no times: {last_line(done.stdout)!r}", self._where) from error
+
+    def device_time(self, inputs: Arrays, runs: int, warmup: int = 1) -> DeviceTime | None:
+        """Of the runs that `time` has made."""
+        return self._device
 
     def _check(self, done: Done) -> None:
         if done.code == 0:
@@ -113,6 +119,11 @@ class BenchSession(Session):
         if done.code == 3:
             raise RuntimeUnavailable(f"cannot run there: {text}", self._where)
         raise RuntimeUnavailable(f"bench ended with code {done.code}: {text}", self._where)
+
+
+def _stats(facts: dict[str, Any], runs: int, peak_bytes: int | None = None) -> Stats:
+    times = {key: float(facts[key]) for key in ("median_ms", "p10_ms", "p90_ms", "min_ms")}
+    return Stats(runs, peak_bytes=peak_bytes, **times)
 
 
 def last_line(text: str) -> str:

@@ -59,6 +59,8 @@ class Emulated(Runtime):
 
     def open(self, artifact: Compiled, threads: int | None = None) -> EmulatedSession:
         target = artifact.manifest["target"]
+        if target["runtime"] == "cuda":
+            raise RuntimeUnavailable("there is no emulator for CUDA devices; use --runtime cuda", str(artifact.path))
         if target["arch"] == machine_arch():
             return EmulatedSession(artifact, threads, [])
         if target["arch"] != "aarch64":

@@ -18,7 +18,8 @@ from sparsec.ports import InputSpec
 from sparsec.runtimes.base import Arrays, Compiled, Runtime, Session, machine_arch
 
 _MAX_RANK = 8
-_CPU_FEATURE = -4
+_CPU_FEATURE, _DEVICE = -4, -7
+_MESSAGE_BYTES = 512
 
 
 class _TensorInfo(ctypes.Structure):  # sparsec_tensor_info
@@ -40,6 +41,10 @@ class _Options(ctypes.Structure):  # sparsec_options
         ("threads", ctypes.c_int32),
         ("parallel_for", ctypes.c_void_p),
         ("parallel_data", ctypes.c_void_p),
+        ("stream", ctypes.c_void_p),
+        ("device", ctypes.c_int32),
+        ("message", ctypes.c_void_p),
+        ("message_bytes", ctypes.c_size_t),
     )
 
 
@@ -72,13 +77,15 @@ class NativeSession(Session):
 
     interleaves = True
 
-    def __init__(self, artifact: Compiled, threads: int | None) -> None:
+    def __init__(self, artifact: Compiled, threads: int | None, device: int = 0) -> None:
         self._artifact = artifact
         self._threads = threads or artifact.manifest["threads"]
         self._model = ctypes.c_void_p()
         self._library: ctypes.CDLL | None = _load(artifact.path / "libmodel.so")
         try:
-            options = _Options(threads=self._threads)
+            self._message = ctypes.create_string_buffer(_MESSAGE_BYTES)  # the model writes here as long as it is open
+            room = ctypes.addressof(self._message)
+            options = _Options(threads=self._threads, device=device, message=room, message_bytes=_MESSAGE_BYTES)
             if artifact.manifest["embed_weights"]:
                 code = self._library.sparsec_open(None, 0, ctypes.byref(options), ctypes.byref(self._model))
             else:
@@ -100,6 +107,9 @@ class NativeSession(Session):
         if code == _CPU_FEATURE:
             needed = self._library.sparsec_features_needed().decode()
             raise RuntimeUnavailable(f"{text} (needs {needed}); compile with an older --cpu", where)
+        if code == _DEVICE or self._message.value:
+            said = self._message.value.decode("utf-8", "replace")
+            raise RuntimeUnavailable(f"{text}: {said}", where)
         raise ArtifactError(f"{text} (code {code})", where)
 
     def _check_signature(self, side: str, specs: tuple[InputSpec, ...]) -> None:
@@ -116,14 +126,19 @@ class NativeSession(Session):
             if found.bytes != size:
                 raise ArtifactError(f"{side} {spec.name!r} has {found.bytes} bytes, the manifest says {size}", where)
 
-    def _call(self, inputs: Arrays) -> tuple[Callable[[], int], Arrays]:
-        library, model = self._library, self._model
-        if library is None:
-            raise ArtifactError("the session is closed", str(self._artifact.path))
+    def _tensors(self, inputs: Arrays) -> tuple[ctypes.Array, ctypes.Array, tuple[list[np.ndarray], Arrays]]:
+        """Pointers to the inputs and to new outputs, and what they point to, which must outlive them."""
         ins = [np.ascontiguousarray(inputs[spec.name], dtype=spec.dtype) for spec in self._artifact.inputs]
         outs = {spec.name: np.empty(spec.shape, spec.dtype) for spec in self._artifact.outputs}
         sources = (ctypes.c_void_p * max(1, len(ins)))(*(a.ctypes.data for a in ins))
         sinks = (ctypes.c_void_p * len(outs))(*(a.ctypes.data for a in outs.values()))
+        return sources, sinks, (ins, outs)
+
+    def _call(self, inputs: Arrays) -> tuple[Callable[[], int], Arrays]:
+        library, model = self._library, self._model
+        if library is None:
+            raise ArtifactError("the session is closed", str(self._artifact.path))
+        sources, sinks, (ins, outs) = self._tensors(inputs)
         run = library.sparsec_run
 
         def call(keep: object = (self, ins, outs)) -> int:  # the arrays and the model must outlive the pointers

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsec.errors import UsageError
-from sparsec.runtimes.base import Session, Stats, find_runtime, runtime_names
+from sparsec.runtimes.base import DeviceTime, Session, Stats, find_runtime, runtime_names
 from sparsec.samples import read_parity
 from sparsec.targets import suggest
 
@@ -29,12 +29,15 @@ if TYPE_CHECKING:
     from sparsec.artifact import Artifact
 
 WARMUP = 3  # runs of each, untimed
-ELSEWHERE = ("adb", "ssh", "native", "emulated")  # not to compare with: other machines, or the artifact itself
+ELSEWHERE = ("adb", "ssh", "native", "cuda", "emulated")  # not to compare with: other machines, or the artifact itself
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Latencies in ms of single runs; `against`: the same of other runtimes on the artifact's model.onnx."""
+    """Latencies in ms of single runs, from host memory to host memory; `against`: of other runtimes on model.onnx.
+
+    device: by an accelerator's own clock, copies left out; None where there is none.
+    """
 
     runtime: str
     threads: int
@@ -45,12 +48,14 @@ class Timing:
     min_ms: float
     peak_bytes: int | None
     against: dict[str, Stats] = field(default_factory=dict)
+    device: DeviceTime | None = None
 
     def json(self) -> dict[str, Any]:
         """The object of `bench --json`."""
         own = Stats(self.runs, self.median_ms, self.p10_ms, self.p90_ms, self.min_ms, self.peak_bytes).json()
         others = {name: stats.json() for name, stats in self.against.items()}
-        return {"runtime": self.runtime, "threads": self.threads, **own, "against": others}
+        device = {} if self.device is None else {"device": self.device.json()}
+        return {"runtime": self.runtime, "threads": self.threads, **own, **device, "against": others}
 
 
 def comparable_names() -> list[str]:
@@ -95,6 +100,7 @@ def bench(
         for name, session in sessions.items():
             if name not in turns:
                 stats[name] = session.time(sample, runs, WARMUP)
+        device = sessions[str(place)].device_time(sample, runs, WARMUP)
         peaks = {name: session.peak_bytes() for name, session in turns.items()}
     if "ort" in turns:
         peaks["ort"] = _ort_peak(artifact.path / "model.onnx", workers)
@@ -106,6 +112,7 @@ def bench(
         runtime=str(place), threads=workers, runs=own.runs, median_ms=own.median_ms, p10_ms=own.p10_ms,
         p90_ms=own.p90_ms, min_ms=own.min_ms, peak_bytes=own.peak_bytes,
         against={name: stats[name] for name in dict.fromkeys(against) if name in stats},
+        device=device,
     )  # fmt: skip
 
 
@@ -190,9 +197,12 @@ def print_timing(timing: Timing, console: Console) -> None:
     for column in ("median ms", "p10", "p90", "min", "peak MB", "artifact is"):
         table.add_column(column, justify="right")
     own = Stats(timing.runs, timing.median_ms, timing.p10_ms, timing.p90_ms, timing.min_ms, timing.peak_bytes)
-    for name, stats in ((timing.runtime, own), *timing.against.items()):
+    rows = [(timing.runtime, own)]
+    if timing.device is not None:
+        rows.append((f"{timing.device.name}, without copies", timing.device.stats))
+    for name, stats in (*rows, *timing.against.items()):
         peak = f"{stats.peak_bytes / 1e6:.1f}" if stats.peak_bytes is not None else "-"
         times = [f"{value:.3f}" for value in (stats.median_ms, stats.p10_ms, stats.p90_ms, stats.min_ms)]
-        ratio = "" if stats is own else f"{stats.median_ms / own.median_ms:.2f}x"
+        ratio = "" if (name, stats) in rows else f"{stats.median_ms / own.median_ms:.2f}x"
         table.add_row(escape(name), *times, peak, ratio)
     console.print(table)
