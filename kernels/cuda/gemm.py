@@ -25,6 +25,7 @@ from sparsec.kernels.base import Format, unique
 from sparsec.kernels.cuda import core_tiles, emit, operands, tensor_tiles
 from sparsec.kernels.cuda.base import DeviceCall, Gpu
 from sparsec.kernels.cuda.core_tiles import CoreTile
+from sparsec.kernels.cuda.stores import RowStore
 from sparsec.kernels.cuda.tensor_tiles import TensorTile
 from sparsec.kernels.epilogue import NONE, Activation, Residual, finish
 from sparsec.kernels.gemm import reference, reference_matmul
@@ -94,14 +95,17 @@ def tiles_of(element: str) -> tuple[Tile, ...]:
     return TENSOR_TILES if element == "float16" else CORE_TILES
 
 
-def tile_us(gpu: Gpu, plan: Plan, m: int, k: int, n: int, batch: int = 1) -> float:
-    """Time of the kernel that computes the tiles: waves of blocks, each by what bounds it, or memory."""
+def tile_us(gpu: Gpu, plan: Plan, m: int, k: int, n: int, batch: int = 1, more: float = 0.0) -> float:
+    """Time of the kernel that computes the tiles: waves of blocks, each by what bounds it, or memory.
+
+    `more`: cycles of a multiprocessor that a step takes besides its product.
+    """
     tile = plan.tile
     blocks = batch * plan.splits * -(-m // tile.rows) * -(-n // tile.columns)
     resident = max(1, gpu.resident(tile.threads, tile.registers, tile.shared))
     together = min(resident, -(-blocks // gpu.multiprocessors))
     steps = plan.steps(k)
-    cycles = steps * max(tile.step_cycles(gpu), STEP_LATENCY / together) + TILE_CYCLES / together
+    cycles = steps * max(tile.step_cycles(gpu) + more, STEP_LATENCY / together) + TILE_CYCLES / together
     per_processor = -(-blocks // gpu.multiprocessors)
     busy = per_processor * cycles / (gpu.ghz * 1e3)
     depth = steps * tile.depth
@@ -180,73 +184,6 @@ def run_product(
         core_tiles.product(tile, steps, a, b, turned, thread, store)
     else:
         tensor_tiles.product(tile, steps, a, b, turned, thread, lambda column: store([column + c for c in range(8)]))
-
-
-class RowStore:
-    """What follows the sums where y is row-major [m, n] from `base` on: scale, bias, residual, activation, guards.
-
-    `in_row`: the columns of a call are neighbours.
-    """
-
-    def __init__(
-        self, m: int, n: int, first: tuple[Any, Any], base: Any, y: Any, *, whole: tuple[bool, bool], in_row: bool,
-        bias: Any = None, other: Any = None, residual: Residual = "none", activation: Activation = NONE,
-        scale: float = 1.0,
-    ) -> None:  # fmt: skip
-        self.m, self.n, self.first, self.base, self.y, self.whole, self.in_row = m, n, first, base, y, whole, in_row
-        self.bias, self.other, self.residual, self.activation, self.scale = bias, other, residual, activation, scale
-        self.dtype = str(y.dtype)
-        self.kind = {"float16": "half", "float32": "float"}[self.dtype]
-
-    def __call__(self, columns: list[Any]) -> Any:
-        """Emits what a set of columns shares; returns what stores a row of them."""
-        width = len(columns)
-        at = [T.bind(self.first[1] + c) for c in (columns[:1] if self.in_row else columns)]
-        held = None
-        if self.bias is not None:
-            held = emit.local(width)
-            if self.in_row:
-                emit.call(f"sparsec_read<float, {width}>", emit.address(held, 0), emit.address(self.bias, at[0]), width)
-            else:
-                for c in range(width):
-                    T.buffer_store(held, self.bias[at[c]], [c])
-
-        def finished(value: Any, c: int, other: Any) -> Any:
-            value = value if self.scale == 1.0 else value * T.float32(self.scale)
-            value = value if held is None else value + held[c]
-            other = None if other is None else tir.convert(other, "float32")
-            return tir.convert(finish(value, self.activation, self.residual, other), self.dtype)
-
-        def one(row: Any, values: list[Any]) -> None:
-            r = T.bind(self.first[0] + row)
-            if self.whole[0]:
-                inside(r, values)
-            else:
-                with T.If(r < self.m), T.Then():
-                    inside(r, values)
-
-        def inside(r: Any, values: list[Any]) -> None:
-            start = T.bind(self.base + r * self.n)
-            if self.in_row:
-                in_row(T.bind(start + at[0]), values)
-                return
-            for c, value in enumerate(values):
-                with T.If(at[c] < self.n), T.Then():
-                    other = None if self.other is None else self.other[start + at[c]]
-                    T.buffer_store(self.y, finished(value, c, other), [start + at[c]])
-
-        def in_row(start: Any, values: list[Any]) -> None:
-            valid = width if self.whole[1] else self.n - at[0]
-            out, others = emit.local(width, self.dtype), None
-            if self.other is not None:
-                others = emit.local(width, self.dtype)
-                name = f"sparsec_read<{self.kind}, {width}>"
-                emit.call(name, emit.address(others, 0), emit.address(self.other, start), valid)
-            for c, value in enumerate(values):
-                T.buffer_store(out, finished(value, c, None if others is None else others[c]), [c])
-            emit.call(f"sparsec_write<{self.kind}, {width}>", emit.address(self.y, start), emit.address(out, 0), valid)
-
-        return one
 
 
 def bind(
