@@ -340,7 +340,7 @@ def _prove(artifact: Artifact) -> tuple[list[str], dict[str, Any] | None]:
     try:
         result = verify(artifact, random_samples=0)
     except RuntimeUnavailable as error:
-        return [f"not run on this machine: {error}"], None
+        return [f"not run on this machine: {error.message}"], None
     if not result.passed:
         raise CheckError(f"{result.worst.text()}; please report this model", f"output {result.worst.output}")
     return [], result.record()
@@ -353,6 +353,12 @@ def _dump_program(dump: Any, program: Program) -> None:
     (folder / "40-program.txt").write_text(str(program), encoding="utf-8")
     text = "\n\n".join(f"# {kernel.name}: {kernel.text}\n{kernel_text(kernel)}" for kernel in program.kernels)
     (folder / "50-kernels.py").write_text(text + "\n", encoding="utf-8")
+    if program.target.gpu is not None:
+        from sparsec.cuda.source import cuda_source
+        from sparsec.cuda.table import device_kernels
+
+        text = cuda_source(device_kernels(program), program.target.cpu)
+        (folder / "60-kernels.cu").write_text(text, encoding="utf-8")
 
 
 __all__ = ["compile", "load", "rewrite"]
