@@ -81,8 +81,9 @@ class CoreTile:
 Finish = Callable[[list[Any]], Callable[[Any, list[Any]], None]]
 
 
-def product(tile: CoreTile, steps: int, a: Operand, b: Operand, turned: bool, thread: Any, finish: Finish) -> None:
-    """What one thread does for one tile: `steps` steps of the depth, then `finish(columns)(row, values)` for its sums.
+def product(tile: CoreTile, steps: Any, a: Operand, b: Operand, turned: bool, thread: Any, finish: Finish) -> None:
+    """What one thread does for one tile: `steps` steps of the depth, known or not, then `finish(columns)(row, values)`
+    for its sums.
 
     `values`: up to 4 float32 of the tile's `columns`, neighbours unless B is turned.
     """
@@ -130,23 +131,20 @@ def product(tile: CoreTile, steps: int, a: Operand, b: Operand, turned: bool, th
                         T.buffer_store(sums, sums[i * wide + j] + held_a[4 * i + k] * other, [i * wide + j])
 
     ahead = tile.stages - 1
+    more = not isinstance(steps, int) or steps > ahead
     for step in range(ahead):
-        if step < steps:
-            issue(step, step)
-            settle(step)
+        emit.when(step < steps, lambda step=step: (issue(step, step), settle(step)))
         emit.call("sparsec_commit")
     with T.serial(0, steps) as step:
         emit.call(f"sparsec_wait<{tile.stages - 2}>")
         emit.barrier()
         free = T.bind((step + ahead) % tile.stages)
-        if steps > ahead:
-            with T.If(step + ahead < steps), T.Then():
-                issue(step + ahead, free)
+        if more:
+            emit.when(step + ahead < steps, lambda: issue(step + ahead, free))
         emit.call("sparsec_commit")
         multiply(T.bind(step % tile.stages))
-        if steps > ahead:
-            with T.If(step + ahead < steps), T.Then():
-                settle(free)
+        if more:
+            emit.when(step + ahead < steps, lambda: settle(free))
 
     for j in range(0, wide, 4):
         one = finish([T.bind(x + along * (j + c) if turned else (x + along * (j // 4)) * 4 + c) for c in range(4)])

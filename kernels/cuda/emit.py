@@ -82,6 +82,15 @@ def barrier() -> None:
     T.evaluate(T.tvm_storage_sync("shared"))
 
 
+def when(condition: Any, then: Callable[[], Any]) -> None:
+    """`then()` where the condition holds; one that is known already leaves no trace in the code."""
+    if not isinstance(condition, bool):
+        with T.If(condition), T.Then():
+            then()
+    elif condition:
+        then()
+
+
 def call(name: str, *arguments: Any) -> None:
     """A device function of `device.h` that returns nothing."""
     T.evaluate(T.call_extern("void", name, *arguments))

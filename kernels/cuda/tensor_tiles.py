@@ -89,8 +89,9 @@ class TensorTile:
 Finish = Callable[[Any], Callable[[Any, list[Any]], None]]
 
 
-def product(tile: TensorTile, steps: int, a: Operand, b: Operand, turned: bool, thread: Any, finish: Finish) -> None:
-    """What one thread does for one tile: `steps` steps of the depth, then `finish(column)(row, values)` for its sums.
+def product(tile: TensorTile, steps: Any, a: Operand, b: Operand, turned: bool, thread: Any, finish: Finish) -> None:
+    """What one thread does for one tile: `steps` steps of the depth, known or not, then `finish(column)(row, values)` for
+    its sums.
 
     `values`: 8 float32 of columns from `column` on; row and column are the tile's own.
     """
@@ -147,18 +148,15 @@ def product(tile: TensorTile, steps: int, a: Operand, b: Operand, turned: bool, 
 
     ahead = tile.stages - 1
     for step in range(ahead):
-        if step < steps:
-            issue(step, step)
-            settle(step)
+        emit.when(step < steps, lambda step=step: (issue(step, step), settle(step)))
         emit.call("sparsec_commit")
     emit.call(f"sparsec_wait<{tile.stages - 2}>")
     emit.barrier()
     load(0, 0)
 
     def when_more(step: Any, then: Callable[[], None]) -> None:
-        if steps > ahead:
-            with T.If(step + ahead < steps), T.Then():
-                then()
+        if not isinstance(steps, int) or steps > ahead:
+            emit.when(step + ahead < steps, then)
 
     with T.serial(0, steps) as step:
         slot = T.bind(step % tile.stages)
