@@ -97,7 +97,10 @@ def reference(model: ir.Model, original: bytes | None) -> ir.Model:
         y.name = f"{name}__old"
         y.replace_all_uses_with(z, replace_graph_outputs=True)
         z.name = name
-        copy.graph.remove([node, quantize], safe=True)
+        copy.graph.remove(node, safe=True)
+        stored = quantize.outputs[0]
+        if not stored.uses() and not stored.is_graph_output():  # what reads the bytes themselves still does
+            copy.graph.remove(quantize, safe=True)
     if original is None:
         return copy
     theirs = ir.from_proto(onnx.load_model_from_string(original)).graph

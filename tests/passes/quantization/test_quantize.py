@@ -13,7 +13,7 @@ from sparsec.errors import DataError, RecipeError
 from sparsec.loading import load_model, model_bytes
 from sparsec.pass_specs import parse_spec
 from sparsec.passes.layers import block_sums, weighted_layers
-from sparsec.passes.normalisation.fold_constants import constant
+from sparsec.passes.normalisation.fold_constants import constant, quiet_session
 from sparsec.passes.pruning.masks import Pattern, draw_masks
 from sparsec.passes.quantization.fallback import Trial
 from sparsec.passes.quantization.quantize import Quantize
@@ -426,3 +426,18 @@ def test_layers_that_rounding_with_data_saves_stay_integers() -> None:
     assert record["floats"] == []
     assert record["damage"] < record["damage_all"]
     checked(made)
+
+
+def test_stored_numbers_that_another_operator_reads_stay() -> None:
+    """A QuantizeLinear of the model whose bytes go to more than DequantizeLinear, beside a layer that is new in int8."""
+    text = """<ir_version: 10, opset_import: ["" : 21]> g (float[1,4] x, float[1,4] w) => (float[1,3] y, uint8[1,4] i, float[1,4] j)
+        <float s = {0.05}, uint8 z = {128}>
+        { q = QuantizeLinear(x, s, z) i = BitwiseOr(q, q) j = DequantizeLinear(q, s, z) y = MatMul(w, m) }"""
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(f32(4, 3), "m"))
+    data = {"x": f32(8, 4), "w": f32(8, 4)}
+    made, _ = run_passes(load_model(proto), ("quantize:fallback=none,rounding=nearest",), calibration=data)
+    feeds = {name: array[:1] for name, array in data.items()}
+    before, after = (quiet_session(save(m)).run(None, feeds) for m in (load_model(proto), made))
+    assert [np.array_equal(a, b) for a, b in zip(before, after, strict=True)] == [False, True, True]
+    assert error(after[0], before[0]) < 0.01
