@@ -46,7 +46,7 @@ class Harness:
 
 READERS = "fuzz.run {target} --seconds {{seconds}} --seed {{seed}} --keep {{keep}}"
 HARNESSES = (
-    Harness("graphs", 0.5, "fuzz.graphs --seconds {seconds} --seed {seed}000 --keep {keep}", "graphs"),
+    Harness("graphs", 0.5, "fuzz.graphs --seconds {seconds} --seed {seed}000 --keep {keep} --no-shrink", "graphs"),
     Harness("c", 0.08, "fuzz.c.run --seconds {seconds} --seed {seed}"),
     Harness("model", 0.12, READERS.format(target="model")),
     Harness("model-file", 0.06, READERS.format(target="model-file")),
