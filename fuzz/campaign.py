@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE = 600.0  # wall seconds beyond its own after which a slice hangs
-SLICE = 60.0
+SLICE = (5.0, 60.0)  # seconds, least and most
 LEAST = 5.0  # seconds that a slice counts for when it is decided who is next, so that one that fails at once waits too
 WITH_ATHERIS = ("model-file", "model-bytes", "recipe", "manifest", "tuning", "npz", "masks", "options")
 
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5, help="of processor time, all harnesses together")
     parser.add_argument("--log", type=Path, default=Path("fuzz/campaign.jsonl"))
     parser.add_argument("--keep", type=Path, default=Path("fuzz/failures"))
-    parser.add_argument("--slice", type=float, default=SLICE, help="seconds of one slice")
+    parser.add_argument("--slice", type=float, help="seconds of one slice; so many that every harness has its turn")
     parser.add_argument("--resume", action="store_true", help="minutes in the log count")
     parser.add_argument("--summary", action="store_true", help="print what the log says, and run nothing")
     given = parser.parse_args()
@@ -147,8 +147,9 @@ def main() -> None:
     if given.summary:
         print(summary(read(given.log)))
         return
+    seconds = given.slice or min(max(30 * given.minutes / len(found), SLICE[0]), SLICE[1])
     failed = False
-    for record in slices(given.log, given.minutes, found, given.slice, given.keep, given.resume):
+    for record in slices(given.log, given.minutes, found, seconds, given.keep, given.resume):
         failed = failed or bool(record["status"])
         print(json.dumps(record), flush=True)
     print(summary(read(given.log)))
