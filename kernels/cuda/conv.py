@@ -29,7 +29,6 @@ from sparsec.kernels.conv import Geometry
 from sparsec.kernels.conv import reference as reference_group
 from sparsec.kernels.cuda import emit, gemm, operands
 from sparsec.kernels.cuda.base import DeviceCall, Gpu
-from sparsec.kernels.cuda.core_tiles import CoreTile
 from sparsec.kernels.cuda.gemm import Plan, Tile
 from sparsec.kernels.cuda.stores import PlaneStore
 from sparsec.kernels.cuda.tensor_tiles import EACH, TensorTile

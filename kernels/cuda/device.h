@@ -117,7 +117,7 @@ template <class T, int COUNT> static __device__ __forceinline__ void sparsec_wri
 }
 
 /* 16 bytes of registers to shared memory at a multiple of 16. */
-static __device__ __forceinline__ void sparsec_put16(void *to, const half *from) { *(uint4 *)to = *(const uint4 *)from; }
+static __device__ __forceinline__ void sparsec_put16(void *to, const void *from) { *(uint4 *)to = *(const uint4 *)from; }
 
 /* Exchange within the 4 lanes of a quad, in blocks of one axis: lane t gets r[i] = what lane i had as r[t]. */
 static __device__ __forceinline__ void sparsec_quad_transpose(float *r) {
@@ -167,4 +167,14 @@ static __device__ __forceinline__ void sparsec_widen8(unsigned *a, const int *wo
 #pragma unroll
     for (int i = 0; i < 4; i++)
         a[i] = sparsec_minus(__byte_perm((unsigned)words[i / 2], 0x64646464u, i % 2 ? 0x4342 : 0x4140), centres[i % 2]);
+}
+
+/* The sum, or the largest, of *x over the lanes of a warp, in all of them. */
+static __device__ __forceinline__ void sparsec_warp_sum(float *x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) *x += __shfl_xor_sync(0xffffffff, *x, step);
+}
+static __device__ __forceinline__ void sparsec_warp_max(float *x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) *x = fmaxf(*x, __shfl_xor_sync(0xffffffff, *x, step));
 }
