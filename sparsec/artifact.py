@@ -113,10 +113,22 @@ def write_artifact(
             for name in file_names(target.arch, facts.embed_weights)
         },
     }
+    if target.gpu is not None:
+        manifest["device"] = _device(program)
     manifest = json.loads(dump_json(manifest))  # exactly what a reader gets
     check_manifest(manifest, directory)
     (directory / MANIFEST).write_text(dump_json(manifest), encoding="utf-8")
     return manifest
+
+
+def _device(program: Program) -> dict[str, Any]:
+    """What the manifest says of a CUDA device: its architecture, the compiler, the driver it needs, every launch."""
+    from sparsec.cuda import nvrtc
+    from sparsec.inspection import launch_rows
+
+    launches = launch_rows(program)
+    version = nvrtc.version() if launches else ""
+    return {"arch": program.target.cpu, "nvrtc": version, "driver": nvrtc.DRIVER, "launches": launches}
 
 
 def load(path: str | Path) -> Artifact:

@@ -39,6 +39,16 @@ def layer_row(layer: Layer) -> dict[str, Any]:
     }
 
 
+def launch_rows(program: Program) -> dict[str, dict[str, list[int]]]:
+    """Kernels of a CUDA device -> their grid in blocks and their block in threads, along x, y, z."""
+    launches = {kernel.name: kernel.launch for kernel in program.kernels}
+    return {
+        name: {"grid": list(launch.grid), "block": list(launch.block)}
+        for name, launch in sorted(launches.items())
+        if launch is not None
+    }
+
+
 def port_row(tensor: Tensor) -> dict[str, Any]:
     """An input or output in the JSON form of `inspect` and of the manifest; `quantization` is null where it has none."""
     meaning = None if tensor.quantization is None else asdict(tensor.quantization)
@@ -93,6 +103,9 @@ def _constants(graph: Any) -> list[Any]:
 def report(program: Program, model_bytes: bytes, sizes: Mapping[str, int] | None = None) -> dict[str, Any]:
     """`{layers, totals}` of a program; `sizes`: bytes of the files built from it, absent for an ONNX model."""
     layers = [layer_row(layer) for layer in program.layers]
+    if program.target.gpu is not None:
+        launches = launch_rows(program)
+        layers = [{**row, "launch": launches.get(row["kernel"])} for row in layers]
     counts = weight_counts(model_bytes)
     predicted = sum(layer.predicted_us for layer in program.layers)
     generic = sum(layer.predicted_us for layer in program.layers if layer.route == "generic")
@@ -187,7 +200,9 @@ def print_report(result: Mapping[str, Any], console: Console, verbose: bool = Fa
         title=escape(f"{result['model']} for {result['target']} ({result['cpu']}, {result['precision']})"),
         title_justify="left",
     )
-    for column in ("layer", "op", "shape", "zeros", "structure", "kernel", "bytes", "predicted us", "why"):
+    launched = any("launch" in row for row in result["layers"])
+    columns = ["layer", "op", "shape", "zeros", "structure", "kernel", "launch", "bytes", "predicted us", "why"]
+    for column in columns if launched else (c for c in columns if c != "launch"):
         right = column in ("zeros", "bytes", "predicted us")
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     for row in result["layers"]:
@@ -197,6 +212,7 @@ def print_report(result: Mapping[str, Any], console: Console, verbose: bool = Fa
             why = f"{why} [{others}]" if why else others
         shape = "x".join(map(str, row["shape"]))
         cells = [row["name"], row["op"], shape, f"{100 * row['zeros']:.1f}%", row["structure"], row["kernel"]]
+        cells += [_launch(row["launch"])] if launched else []
         cells += [f"{row['bytes']:,}", f"{row['predicted_us']:.1f}", why]
         table.add_row(*map(escape, cells))
     console.print(table)
@@ -211,11 +227,19 @@ def print_report(result: Mapping[str, Any], console: Console, verbose: bool = Fa
         f" {totals['gzip_bytes']:,} B compressed",
         f"memory   {totals['ram_bytes']:,} B (activations {totals['arena_bytes']:,},"
         f" scratch {totals['scratch_bytes']:,} a thread, the rest weights)",
-        f"time     {totals['predicted_us'] / 1000:.2f} ms predicted on one thread,"
+        f"time     {totals['predicted_us'] / 1000:.2f} ms predicted{'' if launched else ' on one thread'},"
         f" {100 * totals['generic_share']:.1f}% of it in the generic route",
     ]
     for line in [*ports, *lines]:
         console.print(line, highlight=False, markup=False)
+
+
+def _launch(launch: Mapping[str, list[int]] | None) -> str:
+    """`56*2 x 256`: blocks, threads of a block; empty where nothing is launched."""
+    if launch is None:
+        return ""
+    sides = (side[: max([i + 1 for i, n in enumerate(side) if n > 1], default=1)] for side in launch.values())
+    return " x ".join("*".join(map(str, side)) for side in sides)
 
 
 def _port(row: Mapping[str, Any]) -> str:

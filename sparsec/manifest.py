@@ -112,6 +112,7 @@ _KEYS = frozenset({
     "schema", "name", "target", "features", "inputs", "outputs", "arena_bytes", "scratch_bytes", "weights_bytes",
     "embed_weights", "threads", "bind", "tools", "digests", "passes", "notes", "tolerances", "parity", "files",
 })  # fmt: skip
+_OPTIONAL = frozenset({"device"})  # of artifacts for CUDA devices
 
 
 def check_manifest(manifest: object, directory: Path) -> None:
@@ -124,8 +125,8 @@ def check_manifest(manifest: object, directory: Path) -> None:
             f"schema {schema!r}, this version of sparsec reads schema {SCHEMA}; compile the model again",
             str(directory / MANIFEST),
         )
-    if set(top) != _KEYS:
-        missing, extra = sorted(_KEYS - set(top)), sorted(set(top) - _KEYS)
+    if set(top) - _OPTIONAL != _KEYS:
+        missing, extra = sorted(_KEYS - set(top)), sorted(set(top) - _KEYS - _OPTIONAL)
         raise ArtifactError(f"keys missing: {missing}, unknown: {extra}", str(directory / MANIFEST))
     c.text(top["name"], "name")
     target = c.table(top["target"], "target")
@@ -161,6 +162,8 @@ def check_manifest(manifest: object, directory: Path) -> None:
         if not isinstance(parity.get("passed"), bool):
             raise c.fail("parity.passed", "true or false", parity.get("passed"))
         c.items(parity.get("outputs"), "parity.outputs")
+    if "device" in top:
+        _check_device(c, c.table(top["device"], "device"))
     files = c.table(top["files"], "files")
     names = file_names(target["arch"], top["embed_weights"])
     if set(files) != set(names):
@@ -169,6 +172,23 @@ def check_manifest(manifest: object, directory: Path) -> None:
         entry = c.table(facts, f"files.{name}")
         c.number(entry.get("bytes"), f"files.{name}.bytes", 0, 1 << 48)
         c.sha(entry.get("sha256"), f"files.{name}.sha256")
+
+
+def _check_device(c: _Checker, device: dict[str, Any]) -> None:
+    if set(device) != {"arch", "nvrtc", "driver", "launches"}:
+        raise c.fail("device", "arch, nvrtc, driver and launches", sorted(device))
+    for key in ("arch", "nvrtc", "driver"):
+        c.text(device[key], f"device.{key}")
+    for name, launch in c.table(device["launches"], "device.launches").items():
+        key = f"device.launches.{name}"
+        if set(c.table(launch, key)) != {"grid", "block"}:
+            raise c.fail(key, "grid and block", launch)
+        for side in ("grid", "block"):
+            extents = c.items(launch[side], f"{key}.{side}")
+            if len(extents) != 3:
+                raise c.fail(f"{key}.{side}", "three extents", extents)
+            for extent in extents:
+                c.number(extent, f"{key}.{side}", 1, (1 << 31) - 1)
 
 
 def _check_signature(c: _Checker, tensors: list[Any], side: str) -> None:

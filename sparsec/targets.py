@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import platform
 import tomllib
@@ -157,7 +158,16 @@ def missing_features(target: Target) -> list[str]:
     if target.arch not in (machine, {"amd64": "x86_64", "arm64": "aarch64"}.get(machine)):
         return [target.arch]
     flags = _host_flags()
-    return [feature for feature in target.features if _KERNEL_NAMES.get(feature, feature) not in flags]
+    lacking = [feature for feature in target.features if _KERNEL_NAMES.get(feature, feature) not in flags]
+    return lacking if target.gpu is None or _cuda_driver() else [*lacking, "a CUDA driver"]
+
+
+def _cuda_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def find_target(

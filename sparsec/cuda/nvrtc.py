@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sparsec.errors import BuildError
 
+DRIVER = "525"  # the first driver that loads cubins of CUDA 12: CUDA Compatibility, minor version compatibility
 INSTALL = 'pip install "sparsec[cuda]"'
 
 
