@@ -231,8 +231,9 @@ def _gelu(x: Any) -> Any:
 
 
 def _gelu_tanh(x: Any) -> Any:
-    inner = keep(_f(math.sqrt(2 / math.pi), x) * (x + _f(0.044715, x) * x * x * x))
-    return _f(0.5, x) * x * (_f(1, x) + _tanh(inner))
+    # 1 + tanh(u) = 2 sigmoid(2 u): one exp and no branch, and exact to a few ulp where tanh is near -1.
+    inner = keep(_f(-2 * math.sqrt(2 / math.pi), x) * (x + _f(0.044715, x) * x * x * x))
+    return x / (_f(1, x) + _exp(inner))
 
 
 _PLAIN = ("relu", "clip", "leaky_relu", "hardsigmoid", "hardswish")  # computed in the type of x

@@ -343,7 +343,7 @@ def bind_matmul(
     full = n // tiling.width
     scratch = k * tiling.width * machine.item if transposed else 0
     full_rows = m // tiling.rows
-    # Few tiles are cut by rows too, so that threads have work; each chunk turns the block of b for itself.
+    # Few tiles are cut by rows too, so that threads have work; each thread turns a block of b for itself, once.
     per_chunk = max(1, full_rows // max(1, -(-8 // (batch * column_blocks))))
     chunks = max(1, -(-full_rows // per_chunk))
 
@@ -352,15 +352,27 @@ def bind_matmul(
         panel = buffers[3] if transposed else None
         begin, end = buffers[-2:]
 
-        def one(item: Any, column: Any, parts: Sequence[Part], chunk: Any) -> None:
+        turned: Any = None
+        if transposed and chunks > 1:
+            turned = T.alloc_buffer((1,), "int32", scope="local")
+            T.buffer_store(turned, -1, [0])
+
+        def turn(b_base: Any, parts: Sequence[Part]) -> None:
+            width = parts[-1].at + parts[-1].valid
+            transpose_panel(
+                lambda i, at, lanes: emit.load(b, b_base + i * k + at, lanes), width, k, panel, tiling.width
+            )
+
+        def one(number: Any, item: Any, column: Any, parts: Sequence[Part], chunk: Any) -> None:
             a_base = 0 if a_shared else T.bind(item * (m * k))
             b_base = T.bind((0 if b_shared else item * (k * n)) + (column * k if transposed else column))
             out = T.bind(item * (m * n) + column)
-            if transposed:
-                width = parts[-1].at + parts[-1].valid
-                transpose_panel(
-                    lambda i, at, lanes: emit.load(b, b_base + i * k + at, lanes), width, k, panel, tiling.width
-                )
+            if turned is not None:  # the chunks of a block follow one another
+                with T.If(turned[0] != number), T.Then():
+                    turn(b_base, parts)
+                    T.buffer_store(turned, number, [0])
+            elif transposed:
+                turn(b_base, parts)
 
             def weights(kk: Any, part: Part) -> Any:
                 if transposed:
@@ -388,15 +400,16 @@ def bind_matmul(
 
         with T.serial(begin, end) as t:
             chunk = T.bind(t % chunks) if chunks > 1 else 0
+            number = T.bind(t // chunks)
             item = T.bind(t // (column_blocks * chunks))
             block = T.bind(t // chunks % column_blocks)
             cases: list[tuple[int, Callable[[], None]]] = []
             if full:
                 whole = parts_of(tiling.width, tiling.lanes)
-                cases.append((full, lambda: one(item, block * tiling.width, whole, chunk)))
+                cases.append((full, lambda: one(number, item, block * tiling.width, whole, chunk)))
             if n % tiling.width:
                 last = parts_of(n % tiling.width, tiling.lanes)
-                cases.append((column_blocks, lambda: one(item, full * tiling.width, last, chunk)))
+                cases.append((column_blocks, lambda: one(number, item, full * tiling.width, last, chunk)))
             choose_case(block, cases)
 
     b_size = (1 if b_shared else batch) * k * n

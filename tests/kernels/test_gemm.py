@@ -74,6 +74,9 @@ def test_two_activations(target):
     for batch, m, k, n in [(1, 1, 1, 1), (3, 5, 7, 9), (2, 19, 16, 33), (1, 40, 5, 3), (4, 2, 11, 70)]:
         for transposed in (False, True):
             cases.append(dynamic(machine, batch, m, k, n, transposed=transposed))
+    turned = [dynamic(machine, batch, 90, 6, n, transposed=True) for batch, n in ((1, 20), (2, 21), (2, 130))]
+    assert all(layer.call.tiles > batch for layer, batch in zip(turned, (1, 2, 2), strict=True))  # rows are cut, too
+    cases += turned
     cases += [dynamic(machine, 3, 6, 8, 20, a_shared=True), dynamic(machine, 3, 6, 8, 20, b_shared=True)]
     cases += [dynamic(machine, 2, 6, 8, 20, transposed=True, b_shared=True, scale=0.125, activation=RELU)]
     check_layers(cases, target)
