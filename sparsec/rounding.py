@@ -8,7 +8,8 @@ the compiled code returned:
 
     step     of an output: the scale s of the last QuantizeLinear before it. Where float operators stand behind that,
              sqrt(6) * rms(d), d the difference that random rounding of the last QuantizeLinear makes at the output
-             (random rounding, up with the probability of the fraction, has variance s^2 / 6 where no operator follows)
+             (random rounding, up with the probability of the fraction, has variance s^2 / 6 where no operator follows),
+             and at least what float arithmetic makes of an output that no rounding reaches in this sample
     bound    of the largest difference in a sample: FURTHEST times the largest that RUNS random roundings of every
              QuantizeLinear make in it, or that the witness has from the reference: an engine's fused kernels may lie
              further from the operators one by one than rounding alone would have it
@@ -34,6 +35,7 @@ from onnx import helper
 from sparsec.passes.normalisation.fold_constants import constant
 from sparsec.passes.normalisation.normalize_qdq import MOVES
 from sparsec.runtimes.ort import OrtSession
+from sparsec.tolerance import derive_tolerance
 
 SHARE = 0.001
 FURTHEST = 2.0
@@ -53,7 +55,8 @@ class Rounding:
 
     def __init__(self, model: bytes) -> None:
         self._proto = onnx.load_model_from_string(model)
-        self._graph = ir.from_proto(self._proto).graph
+        whole = ir.from_proto(self._proto)
+        self._graph, self._float = whole.graph, derive_tolerance(whole)
         last = {str(y.name): [str(node.name) for node in _last(y)] for y in self._graph.outputs}
         self._last = {name: nodes for name, nodes in last.items() if nodes}
         self._own = {str(y.name): _own_step(y) for y in self._graph.outputs}
@@ -79,7 +82,10 @@ class Rounding:
         own = self._own[name]
         if own is not None:
             return own
-        return math.sqrt(6 * float(np.mean(self._moved(self._last[name], sample)[name] ** 2)))
+        plain = self._run([], sample, 0.0)[name]
+        rounded = self._moved(self._last[name], sample)[name]
+        floats = self._float * float(np.abs(plain[np.isfinite(plain)]).max(initial=0))
+        return max(math.sqrt(6 * float(np.mean(rounded**2))), floats)
 
     def bounds(self, sample: Arrays, reference: Arrays | None = None) -> dict[str, float]:
         """The largest difference that each output may have from `reference`, at least its step."""

@@ -89,7 +89,7 @@ class Segment:
     def _one(self, feeds: Batch) -> list[np.ndarray]:
         if self._fixed is None:
             self._fixed = self._load(batched=False)
-        return self._fixed.run(list(self.ends), dict(feeds))
+        return self._fixed.run(list(self.ends), {name: np.asarray(x) for name, x in feeds.items()})  # scalars too
 
     def _agrees(self, batch: Batch) -> bool:
         """Whether two samples in one call give what they give alone."""

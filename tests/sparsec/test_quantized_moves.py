@@ -247,3 +247,9 @@ def test_the_model_itself_stays_and_twice_is_once():
     assert model_bytes(move_integers(once)) == model_bytes(once)
     assert {node.op_type for node in once.graph} == {"Transpose", "Concat", "Pad"}
     assert [v.name for v in once.graph.outputs] == ["r"]
+
+
+def test_the_largest_of_one_number():
+    """A scalar has no last axis to slide along."""
+    lone = "x = D(q, s, z)  y = ReduceMax<keepdims=0>(x)  r = Q(y, s, z)"
+    check(moved(lone, "uint8 r", "uint8 q"), exact=True)

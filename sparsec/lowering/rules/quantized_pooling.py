@@ -27,7 +27,8 @@ def take_integer_max(node: ir.Node, context: Context) -> Taken | str | None:
         window = read_windows(node)
     else:
         read = read_rows(node)
-        wide = dims(x)[-1] if not isinstance(read, str) and read[1] % dims(x)[-1] == 0 else 1
+        last = dims(x)[-1] if dims(x) else 1
+        wide = last if not isinstance(read, str) and read[1] % last == 0 else 1
         window = read if isinstance(read, str) else Window(read[1] // wide, wide, (read[1] // wide, wide))
     if isinstance(window, str):
         return window

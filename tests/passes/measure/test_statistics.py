@@ -115,3 +115,11 @@ def test_thinning_leaves_enough_positions(model, monkeypatch) -> None:
     monkeypatch.undo()
     ((_, full),) = gather(made, [layer], data)
     np.testing.assert_allclose(thin.gram, full.gram, atol=0.1)
+
+
+def test_a_scalar_among_the_inputs(model) -> None:
+    made = model("g (float[1,3] x, float s) => (float[1,3] y) { y = Mul(x, s) }")
+    samples = [{"x": f32(1, 3), "s": np.array(scale, np.float32)} for scale in (2, 3)]
+    (values,) = Activations(made).stream(["y", "s"], samples)
+    np.testing.assert_array_equal(values["y"], np.stack([sample["x"] * sample["s"] for sample in samples]))
+    np.testing.assert_array_equal(values["s"], [2, 3])
