@@ -6,6 +6,13 @@
  */
 #ifndef SPARSEC_EMULATED
 
+/* The lanes of the calling thread's warp that are threads of the block: the mask of an exchange that all of them reach. */
+static __device__ __forceinline__ unsigned sparsec_warp_mask() {
+    unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+    unsigned left = blockDim.x * blockDim.y * blockDim.z - (thread & ~31u);
+    return left >= 32u ? 0xffffffffu : (1u << left) - 1u;
+}
+
 /* D += A B on tensor cores: A [16][16] row-major, B [16][8] column-major, float16; D [16][8] float32.
    a: 4 registers of two float16, b: 2, d: 4 float32 (PTX ISA, mma.m16n8k16). */
 static __device__ __forceinline__ void sparsec_mma_f16(float *d, const void *a, const void *b) {
@@ -177,4 +184,9 @@ static __device__ __forceinline__ void sparsec_warp_sum(float *x) {
 static __device__ __forceinline__ void sparsec_warp_max(float *x) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) *x = fmaxf(*x, __shfl_xor_sync(0xffffffff, *x, step));
+}
+
+/* 16 bytes of constant global memory, at a multiple of 16, to registers. */
+template <class T> static __device__ __forceinline__ void sparsec_get16(T *to, const T *from) {
+    *(uint4 *)to = __ldg((const uint4 *)from);
 }

@@ -10,6 +10,7 @@ is replaced by `PRELUDE` and `kernels/cuda/device.h`.
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from typing import Any
 
@@ -38,6 +39,10 @@ typedef unsigned int uint;
 """
 
 _AXES = ("blockIdx.x", "blockIdx.y", "blockIdx.z", "threadIdx.x", "threadIdx.y", "threadIdx.z")
+
+
+# A value of TVM's tree over the last 32 or fewer parts of a sum where it cannot use shuffles.
+_IN_STEP = re.compile(r"\bw_\d+_\d+ = ")
 
 
 def launch_of(func: Any) -> Launch:
@@ -109,7 +114,12 @@ def _device(func: Any, name: str, target: Any, launch: Launch) -> Any:
 
 
 def cuda_source(kernels: tuple[Kernel, ...], arch: str) -> str:
-    """One CUDA C translation unit with every kernel. Raises BuildError."""
+    """One CUDA C translation unit with every kernel. Raises BuildError.
+
+    Since compute capability 7.0 the threads of a warp need not go in step. What relies on it is refused, as TVM's trees over
+    8-bit values do; and its shuffles, which all threads of a block reach, name the threads that there are instead of those
+    that happen to be active.
+    """
     target = tvm.target.Target({"kind": "cuda", "arch": arch})
     try:
         functions = {kernel.name: kernel.func.with_attrs({"global_symbol": kernel.name}) for kernel in kernels}
@@ -128,7 +138,21 @@ def cuda_source(kernels: tuple[Kernel, ...], arch: str) -> str:
             f"TVM could not build {len(kernels)} kernels: {lines[-1].strip() if lines else error}", arch
         ) from error
     body = text[text.index('extern "C"') :] if 'extern "C"' in text else ""
+    body = body.replace("__activemask()", "sparsec_warp_mask()")
+    if _IN_STEP.search(body):
+        raise BuildError("threads of a warp would exchange values without a barrier", arch)
     return f"{PRELUDE}\n{device_header()}\n{body}"
+
+
+def reduces_across_threads(func: Any) -> bool:
+    """Whether threads of a block join their parts of a sum, which TVM's passes write out."""
+    found: list[Any] = []
+    lowered = s_tir.transform.LowerCrossThreadReduction()(tvm.IRModule({"main": func}))["main"]
+    name = "tirx.tvm_thread_allreduce"
+    tvm_ffi.structural_walk(
+        lowered.body, (ir.Call, lambda call: found.append(call) if getattr(call.op, "name", "") == name else None)
+    )
+    return bool(found)
 
 
 def device_header() -> str:

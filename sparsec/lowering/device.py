@@ -28,11 +28,12 @@ from tvm.s_tir import dlight
 from tvm.s_tir.dlight.analysis import normalize_prim_func
 from tvm.s_tir.dlight.base import try_inline
 
-from sparsec.cuda.source import launch_of
+from sparsec.cuda.source import cuda_source, launch_of, reduces_across_threads
+from sparsec.errors import BuildError
 from sparsec.kernels.cuda.base import Gpu
 from sparsec.kernels.cuda.emit import MAX_GRID, MAX_THREADS, WARP
 from sparsec.lowering.loops import const_int, itemsize, operation_count, shape_of, statements
-from sparsec.program import MAX_ARGS, Launch
+from sparsec.program import MAX_ARGS, Kernel, Launch
 
 STATIC_SHARED = 48 << 10  # bytes of a block that need no request: CUDA C++ Programming Guide, compute capabilities
 REDUCERS = 256  # threads of a block that reduce together
@@ -74,7 +75,7 @@ def split_device(func: Any, gpu: Gpu) -> tuple[list[DeviceNest], dict[str, tuple
                 scheduled = rule(func, target)
             if scheduled is None:
                 continue
-            nests, intermediates, busy = _pieces(scheduled)
+            nests, intermediates, busy = _pieces(scheduled, gpu.arch)
         except _Unfit as error:
             problem = str(error)
             continue
@@ -148,11 +149,17 @@ def threads_by_result(func: Any, target: Any, joined: bool = False) -> Any:
         block, thread = schedule.split(results, factors=[None, THREADS])
         schedule.bind(block, "blockIdx.x")
         schedule.bind(thread, "threadIdx.x")
+        if not terms:
+            continue
         if joined:
-            schedule.reverse_compute_at(infos[1].block_rv, thread, preserve_unit_loops=True)
             schedule.set_scope(info.block_rv, 0, "local")
-        if terms:
-            schedule.decompose_reduction(info.block_rv, terms[0])
+            behind = [infos[1].block_rv]
+        else:
+            sums = range(len(schedule.get(info.block_rv).writes))
+            behind = [schedule.cache_write(info.block_rv, i, "local") for i in sums]
+        for last in behind:
+            schedule.reverse_compute_at(last, thread, preserve_unit_loops=True)
+        schedule.decompose_reduction(info.block_rv, terms[0])
     return schedule.mod["main"]
 
 
@@ -196,7 +203,7 @@ def _axes(schedule: Any, info: Any) -> tuple[Any, list[Any]] | None:
     return schedule.fuse(*spatial), reduced
 
 
-def _pieces(func: Any) -> tuple[list[DeviceNest], dict[str, tuple[tuple[int, ...], str]], bool]:
+def _pieces(func: Any, arch: str) -> tuple[list[DeviceNest], dict[str, tuple[tuple[int, ...], str]], bool]:
     """The kernels of a scheduled function, their intermediates, and whether each keeps a warp busy."""
     root = func.body.block if isinstance(func.body, s_tir.SBlockRealize) else None
     if root is None or root.iter_vars:
@@ -206,14 +213,14 @@ def _pieces(func: Any) -> tuple[list[DeviceNest], dict[str, tuple[tuple[int, ...
     names.update({buffer: f"t{i}" for i, buffer in enumerate(shared)})
     nests, busy = [], True
     for stmt in statements(root.body):
-        nest, enough = _nest(stmt, names, [b for b in root.alloc_buffers if b not in names])
+        nest, enough = _nest(stmt, names, [b for b in root.alloc_buffers if b not in names], arch)
         nests.append(nest)
         busy = busy and enough
     used = {name for nest in nests for name in nest.buffers}
     return nests, {names[b]: (shape_of(b), str(b.dtype)) for b in shared if names[b] in used}, busy
 
 
-def _nest(stmt: Any, names: dict[Any, str], private: list[Any]) -> tuple[DeviceNest, bool]:
+def _nest(stmt: Any, names: dict[Any, str], private: list[Any], arch: str) -> tuple[DeviceNest, bool]:
     reads: set[Any] = set()
     writes: set[Any] = set()
     tvm_ffi.structural_walk(
@@ -240,6 +247,11 @@ def _nest(stmt: Any, names: dict[Any, str], private: list[Any]) -> tuple[DeviceN
         raise _Unfit("its loops depend on each other: no threads to share them")
     if threads > MAX_THREADS or any(g > most for g, most in zip(launch.grid, MAX_GRID, strict=True)):
         raise _Unfit(f"a launch of {launch.grid} blocks of {threads} threads is beyond what CUDA takes")
+    if reduces_across_threads(func):
+        try:
+            cuda_source((Kernel("kernel", func, "", launch),), arch)
+        except BuildError as error:
+            raise _Unfit(error.message) from error
     size = sum(math.prod(shape_of(b)) * itemsize(b) for b in buffers)
     flops, busy = _work(stmt)
     nest = DeviceNest(

@@ -2,8 +2,10 @@
  *
  * Exact about what matters for a kernel's arithmetic: barriers of the block and of the warp, exchange within a warp, tensor
  * core instructions by their register layouts. Threads run in ascending, descending or a mixed order, so that a missing
- * barrier shows; shared memory holds NaN bytes when a block starts, so that reading before writing shows; threads of one
- * block that wait at different barriers end the process.
+ * barrier shows; shared memory holds NaN bytes when a block starts, so that reading before writing shows. Threads of one
+ * block that wait at different barriers, or end while others wait, end the process; so do, by the compiler's checks, a
+ * vector access that is not aligned to its size and an index beyond a shared or local array. Dynamic shared memory does
+ * not compile: the project does not use it.
  */
 #pragma once
 #define SPARSEC_EMULATED
@@ -37,11 +39,34 @@ typedef unsigned short ushort;
 typedef unsigned int uint;
 
 /* ---- vectors ---------------------------------------------------------------------------------------------------- */
+[[noreturn]] static void broken(const char *what);
+static inline void check_aligned(const void *p, size_t bytes) {
+    if ((size_t)p % bytes) broken("a misaligned access");
+}
+
+/* Copies check both sides: the compiler's own check leaves copies of structures out. */
+#define VECTOR(N, BYTES)                                                                                               \
+    N() = default;                                                                                                     \
+    N(const N &o) { check_aligned(&o, BYTES); memcpy((void *)this, &o, sizeof *this); }                                \
+    N &operator=(const N &o) {                                                                                         \
+        check_aligned(this, BYTES);                                                                                    \
+        check_aligned(&o, BYTES);                                                                                      \
+        memmove((void *)this, &o, sizeof *this);                                                                       \
+        return *this;                                                                                                  \
+    }
 #define VECTORS(T, N)                                                                                                  \
     struct alignas(sizeof(T)) N##1 { T x; };                                                                           \
-    struct alignas(2 * sizeof(T)) N##2 { T x, y; };                                                                    \
+    struct alignas(2 * sizeof(T)) N##2 {                                                                               \
+        T x, y;                                                                                                        \
+        VECTOR(N##2, 2 * sizeof(T))                                                                                    \
+        N##2(T a, T b) : x(a), y(b) {}                                                                                 \
+    };                                                                                                                 \
     struct N##3 { T x, y, z; };                                                                                        \
-    struct alignas(4 * sizeof(T) > 16 ? 16 : 4 * sizeof(T)) N##4 { T x, y, z, w; };                                    \
+    struct alignas(4 * sizeof(T) > 16 ? 16 : 4 * sizeof(T)) N##4 {                                                     \
+        T x, y, z, w;                                                                                                  \
+        VECTOR(N##4, (4 * sizeof(T) > 16 ? 16 : 4 * sizeof(T)))                                                        \
+        N##4(T a, T b, T c, T d) : x(a), y(b), z(c), w(d) {}                                                           \
+    };                                                                                                                 \
     static inline N##2 make_##N##2(T x, T y) { return {x, y}; }                                                        \
     static inline N##3 make_##N##3(T x, T y, T z) { return {x, y, z}; }                                                \
     static inline N##4 make_##N##4(T x, T y, T z, T w) { return {x, y, z, w}; }
@@ -59,6 +84,8 @@ VECTORS(double, double)
 typedef _Float16 half;
 struct alignas(4) half2 {
     half x, y;
+    VECTOR(half2, 4)
+    half2(half a, half b) : x(a), y(b) {}
 };
 static inline half2 make_half2(half x, half y) { return {x, y}; }
 static inline half2 __halves2half2(half x, half y) { return {x, y}; }
@@ -99,6 +126,7 @@ struct fibre {
     jmp_buf where;
     ucontext_t first;
     int state, started;
+    int line; /* of the barrier at which it waits */
     dim3 index;
 };
 static fibre fibres[FIBRES];
@@ -116,9 +144,10 @@ static void fibre_main() {
     _longjmp(scheduler, 1);
 }
 
-static void wait_at(int state) {
+static void wait_at(int state, int line = 0) {
     int self = current;
     fibres[self].state = state;
+    fibres[self].line = line;
     if (!_setjmp(fibres[self].where)) _longjmp(scheduler, 1);
     threadIdx = fibres[self].index;
 }
@@ -138,23 +167,30 @@ static void __attribute__((noinline)) resume(int i) {
     abort();
 }
 
-static inline void __syncthreads() { wait_at(AT_BLOCK); }
-static inline void __syncwarp(unsigned = 0xffffffff) { wait_at(AT_WARP); }
+/* What the compiler's checks call (-fsanitize-minimal-runtime). */
+extern "C" [[noreturn]] void __ubsan_handle_type_mismatch_minimal_abort() { broken("a misaligned access"); }
+extern "C" [[noreturn]] void __ubsan_handle_out_of_bounds_minimal_abort() { broken("an index out of bounds"); }
+
+#define __syncthreads() wait_at(AT_BLOCK, __LINE__)
+#define __syncwarp(...) wait_at(AT_WARP, __LINE__)
 
 /* Lane and warp of the running thread. */
 static inline int emulated_lane() { return current % 32; }
 
 static inline int ordered(int i, int n, int order) {
-    return order == 0 ? i : order == 1 ? n - 1 - i : (int)((i * 7u + 3u) % (unsigned)n == 0 ? i : i);
+    int step = n % 7 ? 7 : n % 5 ? 5 : 1; /* without a common factor every thread comes once */
+    return order == 0 ? i : order == 1 ? n - 1 - i : (i * step + 3) % n;
 }
 
 static void run_warp(int begin, int end, int order) {
     for (;;) {
-        int waiting = 0, elsewhere = 0;
+        int waiting = 0, elsewhere = 0, line = -1;
         for (int i = 0; i < end - begin; i++) {
             fibre *f = &fibres[begin + ordered(i, end - begin, order)];
             if (f->state == RUNNING) resume((int)(f - fibres));
-            if (f->state == AT_WARP) waiting++; else elsewhere++;
+            if (f->state != AT_WARP) elsewhere++;
+            else if (waiting++ && f->line != line) broken("threads of one warp wait at different barriers");
+            line = f->line;
         }
         if (!waiting) return;
         if (elsewhere) broken("threads of one warp wait at different barriers");
@@ -179,23 +215,25 @@ static void run_block(int threads, int order) {
     }
     int warps = (threads + 31) / 32;
     for (;;) {
-        int waiting = 0, done = 0;
+        int done = 0, line = -1;
         for (int w = 0; w < warps; w++) {
             int begin = ordered(w, warps, order) * 32, end = begin + 32 < threads ? begin + 32 : threads;
             run_warp(begin, end, order);
         }
         for (int i = 0; i < threads; i++) {
-            waiting += fibres[i].state == AT_BLOCK;
             done += fibres[i].state == DONE;
+            if (fibres[i].state == AT_BLOCK && line >= 0 && fibres[i].line != line) {
+                broken("threads of one block wait at different barriers");
+            }
+            if (fibres[i].state == AT_BLOCK) line = fibres[i].line;
         }
         if (done == threads) return;
         if (done) broken("some threads end while others wait at a barrier");
         for (int i = 0; i < threads; i++) fibres[i].state = RUNNING;
-        (void)waiting;
     }
 }
 
-/* Runs `kernel(data)` for every thread of every block. order 0: ascending, 1: descending. */
+/* Runs `kernel(data)` for every thread of every block. order 0: ascending, 1: descending, 2: mixed. */
 static void emulate(dim3 grid, dim3 block, int order, void (*kernel)(void *), void *data) {
     int threads = (int)(block.x * block.y * block.z);
     if (threads > FIBRES) broken("more than 1024 threads");
@@ -248,9 +286,10 @@ template <class T> static T __shfl_up_sync(unsigned, T value, int delta, int wid
     int lane = emulated_lane(), other = lane - delta;
     return all(other >= 0 && other / width == lane / width ? other : lane);
 }
-static inline unsigned __activemask() { return 0xffffffffu; }
+
 
 /* ---- device.h on a CPU -------------------------------------------------------------------------------------------- */
+static inline unsigned sparsec_warp_mask() { return 0xffffffffu; }
 static inline half emulated_half(unsigned word, int part) { return __ushort_as_half((ushort)(word >> (16 * part))); }
 
 /* PTX ISA, mma.m16n8k16: thread of group g = lane / 4 and t = lane % 4 holds A[g + 8 (i/2 % 2)][2 t + i % 2 + 8 (i / 4)],
