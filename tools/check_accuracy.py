@@ -4,7 +4,8 @@
 
 Classifiers: top-1. Voice activity: AUC of the clip's largest probability, states fed back. Denoiser: SI-SNR of the enhanced
 speech, states fed back. Face detector: faces with a score above 0.7 after suppression at 0.3. `--share 10` takes every tenth
-sample. Under emulation stateful models take the states that ONNX Runtime computed, so that samples are independent.
+sample. Parity is checked on samples spread evenly over the data, with the states that ONNX Runtime computed, so that they are
+independent: `--samples` of them here, `--emulated` under emulation, where the measure itself would take too long.
 Exit code 1 if a measure moves by more than its bar (0.2 points, 0.05 dB, no face), or parity fails.
 """
 
@@ -184,39 +185,57 @@ CASES = {
     ),
     "ultraface_RFB_320": Case(faces, "faces", 0),
 }  # fmt: skip
-EMULATED = 4  # samples of which parity is checked under emulation
 
 
-def check(name: str, target: str, share: int, data: Path) -> list[str]:
+class Spread:
+    """Keeps up to twice `count` samples, evenly spread over all that are shown to it."""
+
+    def __init__(self, count: int) -> None:
+        self._most, self._every, self._shown = 2 * count, 1, 0
+        self.kept: list[Arrays] = []
+
+    def show(self, sample: Arrays) -> None:
+        """One more sample."""
+        if self._shown % self._every == 0:
+            self.kept.append(sample)
+        if len(self.kept) > self._most:
+            self.kept, self._every = self.kept[::2], 2 * self._every
+        self._shown += 1
+
+    def some(self, count: int) -> list[Arrays]:
+        """At most `count` of them, evenly spread."""
+        return [self.kept[i] for i in sorted({int(i) for i in np.linspace(0, len(self.kept) - 1, count)})]
+
+
+def check(name: str, target: str, share: int, count: int, data: Path) -> list[str]:
     """One row; "FAILED" stands last if it failed. Runs in a process of its own, so that memory is given back."""
     import sparsec
     from sparsec.runtimes.base import find_runtime
     from sparsec.runtimes.ort import OrtSession
 
     case, file = CASES[name], data / "models" / f"{name}.onnx"
-    seen: list[Arrays] = []
+    seen = Spread(count)
     with tempfile.TemporaryDirectory() as folder, OrtSession(file.read_bytes(), where=name) as reference:
         artifact = sparsec.compile(str(file), target, output=Path(folder) / "model.sparsec", **case.options)
 
         def original(x: Arrays) -> Arrays:
-            if len(seen) < EMULATED:
-                seen.append(x)
+            seen.show(x)
             return dict(reference.run({**x, **case.constants}))
 
-        expected = case.measure(original, data, share if target == "host" else max(share, 20))
+        expected = case.measure(original, data, share)
         if target == "host":
             with find_runtime(None, artifact).open(artifact) as session:
                 got = case.measure(lambda x: dict(session.run(x)), data, share)
         else:
             got = expected
         join = {spec.name: np.concatenate if spec.shape[:1] == (1,) else np.stack for spec in artifact.inputs}
-        stacked = {name: along([x[name] for x in seen]) for name, along in join.items()}
+        stacked = {name: along([x[name] for x in seen.some(count)]) for name, along in join.items()}
         found = artifact.verify(data=stacked)
         worst = found.worst
     passed = found.passed and abs(got - expected) <= case.bar + 1e-9
     measured = [f"{expected:.2f}", f"{got:.2f}"] if target == "host" else ["-", "-"]
     error = f"{worst.max_relative_error:.1e} of {worst.tolerance:.1e}"
-    return [name, target, *measured, case.unit, error, "ok" if passed else "FAILED"]
+    return [name, target, *measured, case.unit, str(found.samples), error, "ok" if passed else "FAILED"]
 
 
 def main() -> int:
@@ -225,22 +244,27 @@ def main() -> int:
     parser.add_argument("--targets", nargs="+", default=["host", "arm"])
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--share", type=int, default=1, help="every n-th sample")
+    parser.add_argument("--samples", type=int, default=100, help="samples of which parity is checked here")
+    parser.add_argument("--emulated", type=int, default=4, help="samples of which parity is checked under emulation")
     parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if "SPARSEC_DATA" not in os.environ:
         parser.error("set SPARSEC_DATA to the folder with models and data")
     if options.row:
-        print("\t".join(check(*options.row, options.share, Path(os.environ["SPARSEC_DATA"]))))
+        count = options.samples if options.row[1] == "host" else options.emulated
+        print("\t".join(check(*options.row, options.share, count, Path(os.environ["SPARSEC_DATA"]))))
         return 0
-    table = Table("model", "target", "ONNX Runtime", "sparsec", "unit", "parity error", "")
+    table = Table("model", "target", "ONNX Runtime", "sparsec", "unit", "samples", "parity error", "")
     failed = False
     for target in options.targets:
         for name in options.models:
-            command = [sys.executable, __file__, "--share", str(options.share), "--row", name, target]
+            given = {"--share": options.share, "--samples": options.samples, "--emulated": options.emulated}
+            numbers = [str(part) for pair in given.items() for part in pair]
+            command = [sys.executable, __file__, *numbers, "--row", name, target]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             lines = done.stdout.strip().splitlines() if done.returncode == 0 else []
             why = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            row = lines[-1].split("\t") if lines else [name, target, "-", "-", "-", why, "FAILED"]
+            row = lines[-1].split("\t") if lines else [name, target, "-", "-", "-", "-", why, "FAILED"]
             failed |= row[-1] == "FAILED"
             print("\t".join(row), file=sys.stderr, flush=True)
             table.add_row(*row)
