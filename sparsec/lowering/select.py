@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from sparsec.lowering.rules.base import Context, Rule, Taken
 from sparsec.lowering.rules.convolution import take_conv
+from sparsec.lowering.rules.cuda_dense import DENSE_RULES
 from sparsec.lowering.rules.elementwise import take_activation, take_binary
 from sparsec.lowering.rules.normalization import take_layernorm, take_softmax
 from sparsec.lowering.rules.pooling import take_global_pool, take_pool
@@ -56,6 +57,7 @@ CUDA_RULES: tuple[Rule, ...] = (
     take_view,
     take_split,
     take_concat,
+    *DENSE_RULES,
 )
 
 

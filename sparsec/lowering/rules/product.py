@@ -7,7 +7,7 @@ Gemm go into weight and bias. Leading axes of x fold into M. A weight that the m
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,20 @@ _SPARSE_FROM_INTEGERS = (
 )
 
 
-def take_gemm(node: ir.Node, context: Context) -> Taken | str | None:
-    """Gemm, or MatMul with a constant rank-2 right side."""
+@dataclass(frozen=True)
+class ConstantProduct:
+    """x as [m, K] times a constant w [N, K] transposed; `stored`: w as the model has it, if in integers."""
+
+    group: Group
+    x: ir.Value
+    m: int
+    w: np.ndarray
+    bias: np.ndarray | None
+    stored: Stored | None
+
+
+def read_gemm(node: ir.Node, context: Context) -> ConstantProduct | str | None:
+    """Gemm, or MatMul with a constant rank-2 right side, and what is fused behind it; or why not."""
     if node.op_type not in ("Gemm", "MatMul"):
         return None
     w = constant(node.inputs[1])
@@ -60,7 +72,15 @@ def take_gemm(node: ir.Node, context: Context) -> Taken | str | None:
         assert added is not None
         bias = added.reshape(-1)
     m = int(np.prod(dims(x)[:-1], dtype=np.int64))
-    return bind_product(group, context, x, m, np.ascontiguousarray(w, np.float32), bias, stored)
+    return ConstantProduct(group, x, m, np.ascontiguousarray(w, np.float32), bias, stored)
+
+
+def take_gemm(node: ir.Node, context: Context) -> Taken | str | None:
+    """Gemm, or MatMul with a constant rank-2 right side."""
+    read = read_gemm(node, context)
+    if not isinstance(read, ConstantProduct):
+        return read
+    return bind_product(read.group, context, read.x, read.m, read.w, read.bias, read.stored)
 
 
 def bind_product(
@@ -115,8 +135,30 @@ def _call(machine: Machine, m: int, w: np.ndarray, way: Way, **options: Any) -> 
     return gemm.bind(machine, m=m, w=w, tiling=way.tiling, **options)
 
 
-def take_matmul(node: ir.Node, context: Context) -> Taken | str | None:
-    """MatMul of two activations, with equal batch or one side shared."""
+@dataclass(frozen=True)
+class ActivationProduct:
+    """scale * a [batch, m, k] times b [batch, k, n], or [batch, n, k] if `transposed`; `a_shared`: a has no batch."""
+
+    group: Group
+    a: ir.Value
+    b: ir.Value
+    batch: int
+    m: int
+    k: int
+    n: int
+    transposed: bool
+    a_shared: bool
+    scale: float
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a kernel of two activations is bound with."""
+        names = ("batch", "m", "k", "n", "transposed", "a_shared", "scale")
+        return {name: getattr(self, name) for name in names} | {"activation": self.group.activation}
+
+
+def read_matmul(node: ir.Node, context: Context) -> ActivationProduct | str | None:
+    """MatMul of two activations, with equal batch or one side shared; or why not."""
     if node.op_type != "MatMul":
         return None
     a, b = float_input(node), node.inputs[1]
@@ -147,12 +189,18 @@ def take_matmul(node: ir.Node, context: Context) -> Taken | str | None:
         b = turned.inputs[0]
         assert b is not None
         group = replace(group, nodes=(turned, *group.nodes))
-    call = gemm.bind_matmul(
-        context.machine, batch=batch, m=m, k=k, n=n, transposed=turned is not None,
-        a_shared=batches[0] == 1 and batch > 1, scale=scale, activation=group.activation,
-    )  # fmt: skip
-    us = batch * gemm.predict_us(context.machine, m, k, n)
-    return Taken(group, emit_simple(group, call, {"a": a, "b": b}, "two activations", us))
+    a_shared = batches[0] == 1 and batch > 1
+    return ActivationProduct(group, a, b, batch, m, k, n, turned is not None, a_shared, scale)
+
+
+def take_matmul(node: ir.Node, context: Context) -> Taken | str | None:
+    """MatMul of two activations, with equal batch or one side shared."""
+    read = read_matmul(node, context)
+    if not isinstance(read, ActivationProduct):
+        return read
+    call = gemm.bind_matmul(context.machine, **read.facts)
+    us = read.batch * gemm.predict_us(context.machine, read.m, read.k, read.n)
+    return Taken(read.group, emit_simple(read.group, call, {"a": read.a, "b": read.b}, "two activations", us))
 
 
 def _scale(value: ir.Value) -> tuple[ir.Node, float] | None:
