@@ -20,8 +20,14 @@ from harness import Room
 
 from sparsec.cuda.source import PRELUDE, cuda_source, launch_of
 from sparsec.program import Kernel, Launch, Program, Step
+from sparsec.runtimes.base import machine_arch
 
 HEADER = Path(__file__).with_name("cuda") / "emulate.h"
+FLAGS = (
+    "-nostdinc++", "-O1", "-std=c++17", "-fPIC", "-shared", "-w", "-fno-exceptions", "-fno-rtti",
+    "-ffp-contract=fast", "-fno-sanitize=all", "-fsanitize=alignment,array-bounds", "-fsanitize-minimal-runtime",
+    "-fno-sanitize-recover=alignment,array-bounds",
+)  # fmt: skip
 _SIGNATURE = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(([^)]*)\) \{')
 
 
@@ -49,31 +55,8 @@ def emulation_source(source: str) -> str:
 def build_emulation(source: str, folder: Path) -> Path:
     """A shared library of `emulation_source(source)`."""
     (folder / "kernels.cpp").write_text(emulation_source(source), encoding="utf-8")
-    flags = [
-        "-O1",
-        "-std=c++17",
-        "-fPIC",
-        "-shared",
-        "-w",
-        "-fno-exceptions",
-        "-fno-rtti",
-        "-ffp-contract=fast",
-        "-mfma",
-        "-mf16c",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "ziglang",
-        "cc",
-        "-nostdinc++",
-        *flags,
-        "-fno-sanitize=all",
-        "kernels.cpp",
-        "-o",
-        "kernels.so",
-        "-lm",
-    ]
+    machine = ["-mfma", "-mf16c"] if machine_arch() == "x86_64" else []
+    command = [sys.executable, "-m", "ziglang", "cc", *FLAGS, *machine, "kernels.cpp", "-o", "kernels.so", "-lm"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder / "kernels.so"
