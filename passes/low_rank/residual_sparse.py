@@ -120,10 +120,15 @@ def search(
     """The low-rank part (None: without one) and S [OC, IC, KH, KW] of least loss that the rounds find."""
     less = min(1.0, work / ((PRUNES + 2 * SWAPS) * round_work(goal.shape)))
     prunes, swaps = (max(2, round(n * less)) for n in (PRUNES, SWAPS))
-    starts = (found for first in (prunes, 0) for found in rounds(goal, low, density, pattern, first, swaps))
+    firsts, polish = (prunes, 0), POLISH if low is not None else 0
+    if (
+        work <= ROUGH and goal.shape[2] * goal.shape[3] > 1
+    ):  # three kinds of low rank are looked at here, each for less long
+        firsts, swaps, polish = (1,), 1, 0
+    starts = (found for first in firsts for found in rounds(goal, low, density, pattern, first, swaps))
     best = min(starts, key=lambda found: found.loss)
     part, s = best.low, best.s
-    for _ in range(POLISH if low is not None else 0):
+    for _ in range(polish):
         part, rest = split(goal, low, s)
         s = on_mask(rest, best.mask)
     return part, s
