@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 SOURCE = Path(__file__).with_name("cuda") / "stub_driver.c"
 
@@ -37,3 +40,27 @@ def environment(*absent: str, **settings: str | Path) -> dict[str, str]:
 def without_driver() -> dict[str, str]:
     """Variables of a process that finds no driver by LD_LIBRARY_PATH."""
     return {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
+
+
+@contextlib.contextmanager
+def emulation_of_what_is_compiled(path: Path) -> Iterator[None]:
+    """What is compiled for CUDA inside becomes, as the same text, the emulation `path` too."""
+    from cuda_emulator import build_emulation
+
+    from sparsec.cuda import build
+
+    texts: list[str] = []
+    real = build.cuda_source
+
+    def recorded(*arguments: Any) -> str:
+        texts.append(real(*arguments))
+        return texts[-1]
+
+    build.cuda_source = recorded  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        build.cuda_source = real
+    (text,) = texts
+    with tempfile.TemporaryDirectory() as work:
+        shutil.move(build_emulation(text, Path(work)), path)
