@@ -1,4 +1,4 @@
-"""How far two correct float32 implementations may differ in one sample, where sums of the model cancel in it.
+"""How far two correct implementations may differ in one sample, where sums of the model cancel in it.
 
 `sparsec.tolerance` takes every rounding as a share of the result of its sum. Where a sum cancels, roundings are of the
 size of its terms and may be large beside the result, and the layers behind it enlarge them: silence in a detector of
@@ -12,7 +12,8 @@ in any order
 
 Q is the same operator on squared inputs. A bias is one of the terms of a short sum and joins a long one at its end, as in
 the kernels. What is no sum is off by sqrt(v n) |y|, n the roundings that the tolerance counts; a Sigmoid by u besides, in
-absolute terms, and in normalizations x is rounded once more before its mean is taken.
+absolute terms, and in normalizations x is rounded once more before its mean is taken. What an operator stores in float16 is
+off by w |y|, w = 2^-11 / sqrt(3), and is rounded to float16 again.
 
 A run with errors beside one without is one implementation beside another: 4 (standard deviations) times the largest root
 mean square over RUNS of an element's difference is what two may differ by. Deterministic: the n-th call sees the n-th
@@ -32,10 +33,11 @@ from onnx import helper, numpy_helper
 
 from sparsec.kernels.base import LATE
 from sparsec.runtimes.ort import OrtSession
-from sparsec.tolerance import SIGMAS, UNIT_ROUNDOFF, roundings
+from sparsec.tolerance import HALF_ROUNDOFF, SIGMAS, UNIT_ROUNDOFF, roundings
 
 RUNS = 8
 ROUNDING = UNIT_ROUNDOFF / math.sqrt(3)  # root mean square
+HALF_ROUNDING = HALF_ROUNDOFF / math.sqrt(3)
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -90,7 +92,10 @@ class _Writer:
     def add(self, node: onnx.NodeProto, known: ir.Node) -> None:
         """One node of the model; `known`: the same with types and shapes."""
         length = roundings(known)
-        if not length or all(y.dtype != ir.DataType.FLOAT for y in known.outputs):
+        half = any(y.dtype == ir.DataType.FLOAT16 for y in known.outputs)
+        if half and (length or node.op_type == "Cast"):
+            self._other(node, known, length)
+        elif not length or all(y.dtype != ir.DataType.FLOAT for y in known.outputs):
             self.nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
         elif node.op_type in _PRODUCTS:
             self._product(node, known, length)
@@ -133,7 +138,11 @@ class _Writer:
     def _other(self, node: onnx.NodeProto, known: ir.Node, length: int) -> None:
         """Errors that are a share of the result."""
         inputs = list(node.input)
-        if node.op_type in _NORMALIZATIONS:
+        if (
+            node.op_type in _NORMALIZATIONS
+            and known.inputs[0] is not None
+            and known.inputs[0].dtype == ir.DataType.FLOAT
+        ):
             inputs[0] = self._op("Add", inputs[0], self._error(inputs[0], inputs[0], ROUNDING))
         plain = [f"{name}/plain" if name else "" for name in node.output]
         made = self._copied(node, inputs)
@@ -141,6 +150,11 @@ class _Writer:
         self.nodes.append(made)
         for value, name, y in zip(known.outputs, plain, node.output, strict=True):
             if not y:
+                continue
+            if value.dtype == ir.DataType.FLOAT16:
+                wide = self._cast(name, onnx.TensorProto.FLOAT)
+                noisy = self._op("Add", wide, self._error(wide, wide, HALF_ROUNDING))
+                self._cast(noisy, onnx.TensorProto.FLOAT16, into=y)
                 continue
             if value.dtype != ir.DataType.FLOAT:
                 self._op("Identity", name, into=y)
@@ -178,6 +192,11 @@ class _Writer:
     def _op(self, kind: str, *inputs: str, into: str = "") -> str:
         result = into or self._fresh()
         self.nodes.append(helper.make_node(kind, list(inputs), [result]))
+        return result
+
+    def _cast(self, x: str, to: int, into: str = "") -> str:
+        result = into or self._fresh()
+        self.nodes.append(helper.make_node("Cast", [x], [result], to=to))
         return result
 
     def _constant(self, value: Any, dtype: Any = np.float32) -> str:

@@ -14,7 +14,7 @@ the compiled code returned:
              QuantizeLinear make in it, or that the witness has from the reference: an engine's fused kernels may lie
              further from the operators one by one than rounding alone would have it
     witness  another correct implementation: node by node in float32, each value changed by up to LAST_BITS of itself
-             before it is rounded, as another order of summation does. Ties fall either way
+             (HALF_BITS behind float16) before it is rounded, as another order of summation does. Ties fall either way
     share    of elements beyond one step, at most SHARE; or, where the witness itself has k such elements among the same
              ones, twice what may lie behind such a count (k + 3 + 2 sqrt(k), 97% of a Poisson distribution)
 
@@ -24,7 +24,7 @@ A QuantizeLinear of an input of the model sees the same numbers everywhere and r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -35,12 +35,13 @@ from onnx import helper
 from sparsec.passes.normalisation.fold_constants import constant
 from sparsec.passes.normalisation.normalize_qdq import MOVES
 from sparsec.runtimes.ort import OrtSession
-from sparsec.tolerance import derive_tolerance
+from sparsec.tolerance import behind_half, derive_stored_half_tolerance, derive_tolerance
 
 SHARE = 0.001
 FURTHEST = 2.0
 RUNS = 4
 LAST_BITS = 2.0**-20  # 16 units of float32: two sums of 128 products, 2^-24 * sqrt(2 * 128)
+HALF_BITS = 2.0**-10  # two implementations that round to neighbouring numbers of float16
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -56,11 +57,22 @@ class Rounding:
     def __init__(self, model: bytes) -> None:
         self._proto = onnx.load_model_from_string(model)
         whole = ir.from_proto(self._proto)
-        self._graph, self._float = whole.graph, derive_tolerance(whole)
+        self._graph = whole.graph
+        halves, floats, half = (
+            behind_half(whole.graph.outputs),
+            derive_tolerance(whole),
+            derive_stored_half_tolerance(whole),
+        )
+        self._floats = {str(y.name): half if y.name in halves else floats for y in whole.graph.outputs}
         last = {str(y.name): [str(node.name) for node in _last(y)] for y in self._graph.outputs}
         self._last = {name: nodes for name, nodes in last.items() if nodes}
         self._own = {str(y.name): _own_step(y) for y in self._graph.outputs}
-        self._all = [str(node.name) for node in self._graph if _rounds(node)]
+        rounds = {str(node.name): node.inputs[0] for node in self._graph if _rounds(node)}
+        self._all = list(rounds)
+        halves = behind_half(x for x in rounds.values() if x is not None)
+        self._bits = {
+            name: HALF_BITS if x is not None and x.name in halves else LAST_BITS for name, x in rounds.items()
+        }
         self._sessions: dict[tuple[str, ...], OrtSession] = {}
 
     @property
@@ -75,16 +87,16 @@ class Rounding:
 
     def witness(self, sample: Arrays) -> dict[str, np.ndarray]:
         """Outputs of another correct implementation."""
-        return self._run(self._all, sample, LAST_BITS, relative=True)
+        return self._run(self._bits, sample, relative=True)
 
     def step(self, name: str, sample: Arrays) -> float:
         """One step of an output, in the output's own unit (1 for stored whole numbers)."""
         own = self._own[name]
         if own is not None:
             return own
-        plain = self._run([], sample, 0.0)[name]
+        plain = self._run({}, sample)[name]
         rounded = self._moved(self._last[name], sample)[name]
-        floats = self._float * float(np.abs(plain[np.isfinite(plain)]).max(initial=0))
+        floats = self._floats[name] * float(np.abs(plain[np.isfinite(plain)]).max(initial=0))
         return max(math.sqrt(6 * float(np.mean(rounded**2))), floats)
 
     def bounds(self, sample: Arrays, reference: Arrays | None = None) -> dict[str, float]:
@@ -98,14 +110,14 @@ class Rounding:
 
     def _moved(self, nodes: list[str], sample: Arrays) -> dict[str, np.ndarray]:
         """|difference| that random rounding of `nodes` makes, [RUNS, ...] by output."""
-        plain = self._run([], sample, 0.0)
-        runs = [self._run(nodes, sample, 0.5) for _ in range(RUNS)]
+        plain = self._run({}, sample)
+        runs = [self._run(dict.fromkeys(nodes, 0.5), sample) for _ in range(RUNS)]
         return {name: np.stack([_difference(run[name], plain[name]) for run in runs]) for name in self.outputs}
 
-    def _run(self, nodes: list[str], sample: Arrays, amplitude: float, relative: bool = False) -> dict[str, np.ndarray]:
-        key = (str(relative), *nodes)
+    def _run(self, amplitudes: Mapping[str, float], sample: Arrays, relative: bool = False) -> dict[str, np.ndarray]:
+        key = (str(relative), *amplitudes)
         if key not in self._sessions:
-            shaken = _shaken(self._proto, nodes, amplitude, relative)
+            shaken = _shaken(self._proto, amplitudes, relative)
             self._sessions[key] = OrtSession(shaken.SerializeToString(), where="model.onnx", optimize=False)
         return self._sessions[key].run(dict(sample))
 
@@ -192,17 +204,17 @@ def _own_step(output: ir.Value) -> float | None:
 # ---- random rounding
 
 
-def _shaken(proto: onnx.ModelProto, names: Iterable[str], amplitude: float, relative: bool = False) -> onnx.ModelProto:
-    """`proto` where what the QuantizeLinear nodes `names` read is moved at random by up to `amplitude` steps.
+def _shaken(proto: onnx.ModelProto, amplitudes: Mapping[str, float], relative: bool = False) -> onnx.ModelProto:
+    """`proto` where what the QuantizeLinear nodes of `amplitudes` read is moved at random by up to so many steps.
 
-    relative: by up to `amplitude` of itself.
+    relative: by up to so much of itself.
     """
-    chosen = set(names)
     made = onnx.ModelProto()
     made.CopyFrom(proto)
     nodes: list[onnx.NodeProto] = []
     for i, node in enumerate(made.graph.node):
-        if node.name in chosen:
+        amplitude = amplitudes.get(node.name)
+        if amplitude is not None:
             x, base = node.input[0], f"{node.name}/{i}"
             seed: dict[str, Any] = {"low": -amplitude, "high": amplitude, "seed": float(i + 1)}
             noise = [f"{base}/steps", f"{base}/noise", f"{base}/moved"]

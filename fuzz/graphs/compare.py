@@ -3,9 +3,9 @@
     loaded    = ONNX Runtime on the model as it was drawn     what upgrading, folding and normalising made of it
     compiled  = ONNX Runtime on the rewritten model           what passes left to lowering and kernels
 
-Real numbers: |difference| <= T max|y| + 8 W. T is derived from the lengths of the sums (`sparsec.tolerance`), for float16
-behind float16. W is how far ONNX Runtime's own y moves when its inputs move by one unit in the last place (where sums
-cancel, no implementation can do better) and, for float16, how far it lies from the same model in float32.
+Real numbers: |difference| <= T max|y| + 8 W. T is derived from the lengths of the sums (`sparsec.tolerance`). W is how far
+ONNX Runtime's own y moves when its inputs move by one unit in the last place (where sums cancel, no implementation can do
+better) and, for float16, how far it lies from the same model in float32.
 
 Behind a QuantizeLinear the law of `sparsec.rounding` holds, as in `sparsec verify`. Whole numbers are equal.
 """
@@ -13,7 +13,7 @@ Behind a QuantizeLinear the law of `sparsec.rounding` holds, as in `sparsec veri
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from sparsec.pipeline import run_passes
 from sparsec.ports import input_spec
 from sparsec.rounding import Rounding, allowed_count, beyond, rounding
 from sparsec.targets import find_target
-from sparsec.tolerance import derive_half_tolerance, floors, for_sample, tolerances
+from sparsec.tolerance import behind_half, floors, for_sample, tolerances
 
 Arrays = dict[str, np.ndarray]
 
@@ -116,7 +116,7 @@ class _Reference:
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.law: Rounding | None = rounding(data)
-        self.half = half_outputs(ir.from_proto(onnx.load_model_from_string(data)))
+        self.half = behind_half(ir.from_proto(onnx.load_model_from_string(data)).graph.outputs)
 
     def random_feeds(self, rng: np.random.Generator) -> Arrays:
         """Numbers for every input."""
@@ -135,7 +135,7 @@ class _Reference:
         """Raises Mismatch. `what` was computed, and gave `got`."""
         slack = self._slack(feeds, wanted, rng)
         wide = self._widened(feeds) if self.half else {}
-        relative, absolute, half = tolerances(model, target), floors(model), derive_half_tolerance(model)
+        relative, absolute = tolerances(model, target), floors(model)
         for name, y in wanted.items():
             z = got[name]
             if y.shape != z.shape or y.dtype != z.dtype:
@@ -147,14 +147,14 @@ class _Reference:
                 if not np.array_equal(y, z):
                     raise Mismatch(f"{what} {name}: {int((y != z).sum())} of {y.size} {y.dtype} differ")
             else:
-                limit, moved = relative[name], 8 * slack[name]
+                moved = 8 * slack[name]
                 if name in self.half:
                     counts[f"{what} behind float16"] += 1
-                    limit, moved = half, moved + 8 * _apart(wide[name], y)
+                    moved += 8 * _apart(wide[name], y)
                     if _overflows(wide[name]):
                         counts[f"{what} beyond float16"] += 1
                         continue
-                _check_real(f"{what} {name}", y, z, for_sample(limit, absolute.get(name, 0.0), y), moved)
+                _check_real(f"{what} {name}", y, z, for_sample(relative[name], absolute.get(name, 0.0), y), moved)
 
     def _slack(self, feeds: Arrays, wanted: Arrays, rng: np.random.Generator) -> dict[str, float]:
         """How far each output moves when the inputs do by a unit in the last place."""
@@ -238,24 +238,3 @@ def _moved(array: np.ndarray, rng: np.random.Generator, sign: int) -> np.ndarray
         return array
     directions = np.asarray(sign * np.inf * rng.choice((-1.0, 1.0), array.shape), array.dtype)
     return np.asarray(np.nextafter(array, directions), array.dtype).reshape(array.shape)
-
-
-def half_outputs(model: ir.Model) -> frozenset[str]:
-    """Outputs that something in float16 leads to."""
-    return frozenset(str(y.name) for y in model.graph.outputs if _reached(y, lambda v: v.dtype == ir.DataType.FLOAT16))
-
-
-def _reached(output: ir.Value, holds: Callable[[ir.Value], bool]) -> bool:
-    seen: set[ir.Value] = set()
-    pending = [output]
-    while pending:
-        value = pending.pop()
-        if value in seen:
-            continue
-        seen.add(value)
-        if holds(value):
-            return True
-        node = value.producer()
-        if node is not None:
-            pending += [x for x in node.inputs if x is not None]
-    return False
