@@ -45,10 +45,14 @@ class Arg:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel runs on a CUDA device: blocks, and threads of a block, along x, y, z."""
+    """How a kernel runs on a CUDA device: blocks, and threads of a block, along x, y, z.
+
+    `shared`: bytes of shared memory of a block besides what its code declares.
+    """
 
     grid: tuple[int, ...] = (1, 1, 1)
     block: tuple[int, ...] = (1, 1, 1)
+    shared: int = 0
 
     @property
     def blocks(self) -> int:

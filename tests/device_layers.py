@@ -49,7 +49,7 @@ def kernels_of(layers: Sequence[DeviceLayer]) -> list[Kernel]:
     found = {}
     for layer in layers:
         for call in layer.calls:
-            assert (call.launch.grid, call.launch.block) == (launch_of(call.func).grid, launch_of(call.func).block)
+            assert call.launch == launch_of(call.func)
             found.setdefault(call.name, Kernel(call.name, call.func, call.text, call.launch))
     return list(found.values())
 

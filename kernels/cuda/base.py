@@ -82,6 +82,11 @@ class DeviceCall:
     text: str = ""
 
 
+def overlapped(*times: float) -> float:
+    """Time of what goes on at once: the longest, and a tenth of the others, since nothing overlaps entirely."""
+    return max(times) + 0.1 * (sum(times) - max(times))
+
+
 def roofline_us(gpu: Gpu, flops: float, moved: float, tensor: bool = False) -> float:
     """Time by arithmetic or by `moved` bytes of memory, whichever is longer, and one launch.
 

@@ -128,6 +128,8 @@ def plans(gpu: Gpu, shape: Shape) -> tuple[tuple[float, Plan], ...]:
     m, k, n = shape.rows, shape.depth(element), shape.x[0] * shape.pitch(element)
     found = []
     for tile in tiles_of(shape, element):
+        if not gpu.resident(tile.threads, tile.registers, tile.shared):
+            continue
         gathered = 0.0 if shape.direct(element) else GATHER[element] * tile.columns * tile.depth / 128
         ways = []
         for splits in gemm.SPLITS:
@@ -381,12 +383,12 @@ def bind(
     others = ("residual",) if residual != "none" else ()
     roles = ("x", "weights", "parts") if split else ("x", "y", *others, "weights", "bias")
     grid = per_part * plan.splits
-    func = emit.function([(role, *sizes[role]) for role in roles], grid, tile.threads, body)
+    func = emit.function([(role, *sizes[role]) for role in roles], grid, tile.threads, body, tile.dynamic)
     kernel = f"{shape.w[2]}x{shape.w[3]}s{shape.strides[0]}{shape.strides[1]}"
     stem = f"{gpu.named(TABLE[0].name)}_{kernel}_{tile}"
     facts = (shape, plan, element) + (() if split else (activation, residual))
     text = f"convolution {kernel}, {shape.x[1]} to {oc} channels, {n} x {shape.plane[0]}x{shape.plane[1]}, tiles {plan}"
-    launch = Launch((grid, 1, 1), (tile.threads, 1, 1))
+    launch = Launch((grid, 1, 1), (tile.threads, 1, 1), tile.dynamic)
     if split:
         main = DeviceCall(unique(stem, *facts), func, roles, {"weights": packed}, launch, {}, f"{text}: parts of sums")
         last = gemm.bind_parts(

@@ -17,7 +17,7 @@ from typing import Any
 from tvm.tirx.script.builder import ir as T
 
 from sparsec.kernels.cuda import emit
-from sparsec.kernels.cuda.base import Gpu
+from sparsec.kernels.cuda.base import Gpu, overlapped
 from sparsec.kernels.cuda.operands import Operand, Placement
 
 EACH = 4  # float32 of a chunk
@@ -57,6 +57,11 @@ class CoreTile:
         )
 
     @property
+    def dynamic(self) -> int:
+        """Bytes of it that a launch must make room for: none."""
+        return 0
+
+    @property
     def registers(self) -> int:
         """Of a thread, about: sums, fragments of four of the depth, addresses."""
         return min(255, self.lanes[0] * self.lanes[1] + 4 * (self.lanes[0] + self.lanes[1]) + 32)
@@ -73,9 +78,10 @@ class CoreTile:
 
     def step_cycles(self, gpu: Gpu) -> float:
         """Cycles of a multiprocessor for one step of a tile: multiply-adds, or reads of shared memory."""
-        work = self.rows * self.columns * self.depth / gpu.fma
-        reads = self.threads / emit.WARP * self.depth * (self.lanes[0] + self.lanes[1]) / 4
-        return max(work * 1.1, 2.0 * reads)  # a tenth for what is not a multiply-add; 16 bytes a lane take two cycles
+        warps, (high, wide) = self.threads / emit.WARP, self.lanes
+        reads = warps * self.depth * (high + wide) / 4
+        issued = (self.rows * self.columns * self.depth / emit.WARP + reads) * emit.WARP / gpu.fma
+        return overlapped(1.05 * issued, 2.0 * reads)  # 16 bytes a lane take two cycles
 
 
 Finish = Callable[[list[Any]], Callable[[Any, list[Any]], None]]

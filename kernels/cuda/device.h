@@ -67,7 +67,13 @@ static __device__ __forceinline__ void sparsec_ldmatrix4_trans(void *r, const vo
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(sparsec_shared_address(row)) : "memory");
 }
 
+/* Shared memory that a launch makes room for. */
+extern __shared__ __align__(128) unsigned char sparsec_room[];
+
 #endif
+
+/* Byte `at` of it. */
+static __device__ __forceinline__ void *sparsec_room_at(int at) { return sparsec_room + at; }
 
 /* 16 bytes from global to shared memory: the first `valid` bytes (0..16, whole elements), the others zero; asynchronous
    where it can be. UNIT: bytes that `from` is a multiple of if its buffer begins so; if it does not, elements of ITEM

@@ -7,6 +7,7 @@ The words of `sparsec.kernels.emit` for loads, constants and conversions serve h
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tvm.script.ir_builder import IRBuilder
@@ -16,6 +17,8 @@ WARP = 32  # threads
 MAX_THREADS = 1024  # of a block
 MAX_GRID = ((1 << 31) - 1, 65535, 65535)  # blocks by axis: CUDA C++ Programming Guide, compute capabilities
 AXES = ("x", "y", "z")
+SHARED = "sparsec.shared"  # a function's attribute: bytes of `Room`s
+STATIC_SHARED = 48 << 10  # bytes that a function's own arrays may take
 
 Argument = tuple[str, int, str]  # name, elements, dtype
 
@@ -25,11 +28,12 @@ def function(
     grid: int | tuple[int, ...],
     block: int | tuple[int, ...],
     body: Callable[..., None],
+    shared: int = 0,
 ) -> Any:
     """A PrimFunc over flat buffers, run by `grid` blocks of `block` threads.
 
     `body(*buffers, blocks, threads)` emits what one thread does; `blocks` and `threads` are tuples of indices, as many as
-    `grid` and `block` have axes. Raises ValueError beyond CUDA's limits.
+    `grid` and `block` have axes. `shared`: bytes that the body's `Room`s lie in. Raises ValueError beyond CUDA's limits.
     """
     grid, block = _axes(grid), _axes(block)
     threads = 1
@@ -39,6 +43,8 @@ def function(
         raise ValueError(f"a launch of {grid} blocks of {block} threads is beyond what CUDA takes")
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("kernel")
+        if shared:
+            T.func_attr({SHARED: shared})
         buffers = [T.arg(name, T.buffer((max(size, 1),), dtype)) for name, size, dtype in arguments]
         _launch([("blockIdx." + a, g) for a, g in zip(AXES, grid, strict=False)], [], lambda blocks: _launch(
             [("threadIdx." + a, b) for a, b in zip(AXES, block, strict=False)], [],
@@ -77,6 +83,14 @@ def _whole(buffer: Any, count: int) -> Any:
     return buffer
 
 
+@dataclass(frozen=True)
+class Room:
+    """An array of a block's shared memory that the launch makes room for, from byte `offset` on; for `address` only."""
+
+    offset: int
+    item: int
+
+
 def barrier() -> None:
     """All threads of the block arrive before any goes on; what they wrote to shared memory is seen by all."""
     T.evaluate(T.tvm_storage_sync("shared"))
@@ -97,5 +111,7 @@ def call(name: str, *arguments: Any) -> None:
 
 
 def address(buffer: Any, index: Any) -> Any:
-    """Pointer to an element, for `call`."""
+    """Pointer to an element of a buffer or a `Room`, for `call`."""
+    if isinstance(buffer, Room):
+        return T.call_extern("handle", "sparsec_room_at", buffer.offset + index * buffer.item)
     return T.address_of(buffer[index])

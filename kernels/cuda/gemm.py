@@ -23,7 +23,7 @@ from tvm.tirx.script.builder import ir as T
 from sparsec.kernels import emit as tir
 from sparsec.kernels.base import Format, unique
 from sparsec.kernels.cuda import core_tiles, emit, operands, tensor_tiles
-from sparsec.kernels.cuda.base import DeviceCall, Gpu
+from sparsec.kernels.cuda.base import DeviceCall, Gpu, overlapped
 from sparsec.kernels.cuda.core_tiles import CoreTile
 from sparsec.kernels.cuda.stores import RowStore
 from sparsec.kernels.cuda.tensor_tiles import TensorTile
@@ -53,6 +53,8 @@ TABLE: tuple[Format, ...] = (
 Tile = TensorTile | CoreTile
 
 TENSOR_TILES: tuple[TensorTile, ...] = (
+    TensorTile(256, 128, 32, (4, 2), 4),
+    TensorTile(128, 256, 32, (2, 4), 4),
     TensorTile(128, 128, 32, (2, 2), 3),
     TensorTile(128, 64, 32, (2, 2), 4),
     TensorTile(64, 128, 32, (2, 2), 4),
@@ -113,7 +115,8 @@ def tile_us(gpu: Gpu, plan: Plan, m: int, k: int, n: int, batch: int = 1, more: 
     stored = 4 * plan.splits if plan.splits > 1 else gpu.item
     moved = batch * (gpu.item * (m * k + n * k) + stored * m * n)
     rate = gpu.l2_gbps if moved <= gpu.l2_bytes / 2 else gpu.memory_gbps
-    return max(busy, from_l2 / (gpu.l2_gbps * 1e3), moved / (rate * 1e3)) + gpu.launch_us
+    times = (busy, from_l2 / (gpu.l2_gbps * 1e3), moved / (rate * 1e3))
+    return overlapped(*times) + gpu.launch_us
 
 
 @cache
@@ -121,6 +124,8 @@ def plans(gpu: Gpu, m: int, k: int, n: int, batch: int = 1, splittable: bool = T
     """Predicted microseconds of every tile, split where that helps, cheapest first."""
     found = []
     for tile in tiles_of(gpu.element):
+        if not gpu.resident(tile.threads, tile.registers, tile.shared):
+            continue
         best: tuple[float, Plan] | None = None
         for splits in SPLITS if splittable else SPLITS[:1]:
             if splits > 1 and k < 4 * splits * tile.depth:
@@ -243,11 +248,11 @@ def bind(
     others = ("residual",) if residual != "none" else ()
     roles = ("x", "weights", "parts") if split else ("x", "y", *others, "weights", "bias")
     grid = high * wide * plan.splits
-    func = emit.function([(role, *sizes[role]) for role in roles], grid, tile.threads, body)
+    func = emit.function([(role, *sizes[role]) for role in roles], grid, tile.threads, body, tile.dynamic)
     stem = f"{gpu.named(TABLE[0].name)}_{tile}"
     facts = (m, k, n, plan, gpu.element) + (() if split else (activation, residual))
     text = f"{m}x{k} times {k}x{n}, tiles {plan}"
-    launch = Launch((grid, 1, 1), (tile.threads, 1, 1))
+    launch = Launch((grid, 1, 1), (tile.threads, 1, 1), tile.dynamic)
     if split:
         main = DeviceCall(unique(stem, *facts), func, roles, {"weights": packed}, launch, {}, f"{text}: parts of sums")
         last = bind_parts(
@@ -334,9 +339,9 @@ def bind_matmul(
     sizes = [(1 if a_shared else batch) * m * k, (1 if b_shared else batch) * k * n, batch * m * n]
     arguments = [(role, size, gpu.element) for role, size in zip("aby", sizes, strict=True)]
     grid = batch * high * wide
-    func = emit.function(arguments, grid, tile.threads, body)
+    func = emit.function(arguments, grid, tile.threads, body, tile.dynamic)
     facts = (batch, m, k, n, transposed, a_shared, b_shared, scale, activation, plan, gpu.element)
     stem = f"{gpu.named(TABLE[1].name)}{'_t' if transposed else ''}_{tile}"
     text = f"{batch} x {m}x{k} times {k}x{n}{' transposed' if transposed else ''}, tiles {tile}"
-    launch = Launch((grid, 1, 1), (tile.threads, 1, 1))
+    launch = Launch((grid, 1, 1), (tile.threads, 1, 1), tile.dynamic)
     return DeviceCall(unique(stem, *facts), func, ("a", "b", "y"), {}, launch, {}, text)

@@ -23,7 +23,7 @@ from typing import Any
 from tvm.tirx.script.builder import ir as T
 
 from sparsec.kernels.cuda import emit
-from sparsec.kernels.cuda.base import Gpu
+from sparsec.kernels.cuda.base import Gpu, overlapped
 from sparsec.kernels.cuda.operands import Operand, Placement
 
 EACH = 8  # float16 of a chunk
@@ -58,10 +58,15 @@ class TensorTile:
         return 2 * self.stages * self.depth * (self.rows + self.columns)
 
     @property
+    def dynamic(self) -> int:
+        """Bytes of it that a launch must make room for; 0 where arrays of the code do."""
+        return self.shared if self.shared > emit.STATIC_SHARED else 0
+
+    @property
     def registers(self) -> int:
         """Of a thread, about: sums, two sets of fragments, addresses."""
         rows, columns = self.warp
-        return min(255, rows * columns // 32 + 2 * (rows // 4 + columns // 4) + 48)
+        return min(255, rows * columns // 32 + 2 * (rows // 4 + columns // 4) + 64)
 
     def left(self) -> Placement:
         """A in shared memory."""
@@ -83,7 +88,7 @@ class TensorTile:
         rows, columns = self.warp
         warps = self.warps[0] * self.warps[1]
         moved = 2 * self.depth * (warps * (rows + columns) + self.rows + self.columns)
-        return max(self.rows * self.columns * self.depth / gpu.tensor_fma, moved / 128)
+        return overlapped(self.rows * self.columns * self.depth / gpu.tensor_fma, moved / 128)
 
 
 Finish = Callable[[Any], Callable[[Any, list[Any]], None]]
@@ -98,7 +103,10 @@ def product(tile: TensorTile, steps: Any, a: Operand, b: Operand, turned: bool, 
     rows, columns = tile.warp
     count, fragments, slices = rows // 16, columns // 8, tile.depth // 16
     left, right = a.placement.size, b.placement.size
-    room_a, room_b = emit.shared(tile.stages * left, "float16"), emit.shared(tile.stages * right, "float16")
+    room_a: Any = emit.Room(0, 2)
+    room_b: Any = emit.Room(2 * tile.stages * left, 2)
+    if not tile.dynamic:
+        room_a, room_b = emit.shared(tile.stages * left, "float16"), emit.shared(tile.stages * right, "float16")
     lane, warp = T.bind(thread % 32), T.bind(thread // 32)
     row0, column0 = T.bind(warp // tile.warps[1] * rows), T.bind(warp % tile.warps[1] * columns)
     sums = emit.local(count * fragments * 4)

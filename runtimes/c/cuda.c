@@ -91,6 +91,13 @@ static int find_functions(sparsec_model *m) {
         }
         if (code) return code;
     }
+    for (int32_t s = 0; s < sparsec_cuda.steps_count; s++) { /* beyond 48 KiB a function must be told */
+        const sparsec_cuda_step *step = &sparsec_cuda.steps[s];
+        if (step->kernel < 0 || !step->shared) continue;
+        int code = SPARSEC_CALL(d, cuFuncSetAttribute, m->functions[step->kernel],
+                                CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, (int)step->shared);
+        if (code) return code;
+    }
     return SPARSEC_OK;
 }
 

@@ -14,6 +14,7 @@
 typedef struct sparsec_cuda_step {
     int32_t kernel;               /* index into kernel_names; -1: the host runs it */
     uint32_t grid[3], block[3];   /* of a launch */
+    uint32_t shared;              /* of a launch: bytes of shared memory besides what the kernel declares */
     sparsec_kernel *host;         /* of a host step, else null */
     int32_t tiles;                /* of a host step */
     sparsec_place args[SPARSEC_ARGS]; /* a launch: in device memory. A host step: in a mirror of the arena, in the

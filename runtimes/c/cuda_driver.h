@@ -26,6 +26,7 @@ enum {
     CU_STREAM_NON_BLOCKING = 1,
     CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1,
     CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK = 0,
+    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75,
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76,
     CU_JIT_ERROR_LOG_BUFFER = 5,
@@ -53,6 +54,7 @@ enum {
     X(cuModuleUnload, (CUmodule module))                                                                      \
     X(cuModuleGetFunction, (CUfunction * function, CUmodule module, const char *name))                        \
     X(cuFuncGetAttribute, (int *value, int attribute, CUfunction function))                                   \
+    X(cuFuncSetAttribute, (CUfunction function, int attribute, int value))                                    \
     X(cuMemAlloc_v2, (CUdeviceptr * memory, size_t bytes))                                                    \
     X(cuMemFree_v2, (CUdeviceptr memory))                                                                     \
     X(cuMemHostAlloc, (void **memory, size_t bytes, unsigned flags))                                          \

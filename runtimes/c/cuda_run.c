@@ -18,7 +18,8 @@ static int launch(const sparsec_model *m, const sparsec_cuda_step *step, CUstrea
         arguments[i] = &pointers[i];
     }
     return SPARSEC_CALL(&m->driver, cuLaunchKernel, m->functions[step->kernel], step->grid[0], step->grid[1],
-                        step->grid[2], step->block[0], step->block[1], step->block[2], 0, stream, arguments, NULL);
+                        step->grid[2], step->block[0], step->block[1], step->block[2], step->shared, stream, arguments,
+                        NULL);
 }
 
 /* What the kernel reads comes down into the mirror, what it writes goes up from there. Up-copies need no wait: the next

@@ -20,6 +20,7 @@ from tvm import ir, s_tir, tirx
 from tvm.ir import PointerType, PrimType
 
 from sparsec.errors import BuildError
+from sparsec.kernels.cuda.emit import SHARED
 from sparsec.program import Kernel, Launch
 
 PRELUDE = """\
@@ -46,7 +47,7 @@ _IN_STEP = re.compile(r"\bw_\d+_\d+ = ")
 
 
 def launch_of(func: Any) -> Launch:
-    """Grid and block of a function that binds threads; axes it does not bind are 1."""
+    """Grid and block of a function that binds threads; axes it does not bind are 1. Shared memory: its attribute."""
     extents = dict.fromkeys(_AXES, 1)
 
     def visit(node: Any) -> None:
@@ -62,7 +63,7 @@ def launch_of(func: Any) -> Launch:
 
     tvm_ffi.structural_walk(func.body, ((tirx.AttrStmt, tirx.For), visit))
     sizes = tuple(extents.values())
-    return Launch(sizes[:3], sizes[3:])
+    return Launch(sizes[:3], sizes[3:], int(func.attrs[SHARED]) if SHARED in func.attrs else 0)
 
 
 def _passes(target: Any) -> list[Any]:

@@ -74,7 +74,8 @@ def _step(step: Step, kernel: Kernel, index: int, kernel_prefix: str) -> str:
         threads = block[0] * block[1] * block[2]
         if threads > MAX_THREADS or any(not 0 < g <= most for g, most in zip(grid, MAX_GRID, strict=True)):
             raise BuildError(f"a launch of {grid} blocks of {block} threads is beyond what CUDA takes", step.kernel)
-        return f"    {{{index}, {_braced(grid)}, {_braced(block)}, 0, 0, {places}, {{0}}, 0, 0}},"
+        shared = kernel.launch.shared
+        return f"    {{{index}, {_braced(grid)}, {_braced(block)}, {shared}, 0, 0, {places}, {{0}}, 0, 0}},"
     down, up, sizes = 0, 0, []
     accesses = accesses_of(kernel.func.body)
     for i, (arg, buffer, size) in enumerate(zip(step.args, kernel.func.params, argument_bytes(kernel), strict=False)):
@@ -83,7 +84,9 @@ def _step(step: Step, kernel: Kernel, index: int, kernel_prefix: str) -> str:
         up |= any(write for write, _ in uses) << i
         sizes.append(str(size if uses else 0))
     name = f"{kernel_prefix}{step.kernel}"
-    return f"    {{-1, {{1, 1, 1}}, {{1, 1, 1}}, {name}, {step.tiles}, {places}, {_padded(sizes, '0')}, {down}, {up}}},"
+    return (
+        f"    {{-1, {{1, 1, 1}}, {{1, 1, 1}}, 0, {name}, {step.tiles}, {places}, {_padded(sizes, '0')}, {down}, {up}}},"
+    )
 
 
 def _padded(items: list[str], filler: str) -> str:

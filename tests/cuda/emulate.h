@@ -338,6 +338,8 @@ template <int SELECTOR> static void sparsec_mma_sparse(float *d, const void *a, 
     }
 }
 
+__shared__ alignas(128) unsigned char sparsec_room[227 << 10];
+
 /* Asynchronous copies arrive as late as they may: when the thread waits for their group. */
 struct late_copy {
     void *to;

@@ -65,6 +65,7 @@ typedef struct object {
     int device, count; /* CONTEXT: ordinal, holders */
     void (*body)(void **, dim3, dim3, int);
     int arguments; /* FUNCTION */
+    unsigned shared; /* FUNCTION: bytes of shared memory that a launch may ask for, 0: 48 KiB */
 } object;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -465,6 +466,14 @@ EXPORT int cuModuleGetFunction(object **function, object *module, const char *na
     *function = o;
     return leave(SUCCESS);
 }
+EXPORT int cuFuncSetAttribute(object *function, int attribute, int value) {
+    ENTER("cuFuncSetAttribute");
+    object *f = own(function, FUNCTION);
+    if (attribute != 8 || value < 0) misuse("%s: attribute %d cannot be %d", f->image, attribute, value);
+    if (value > 227 << 10) return leave(INVALID_VALUE);
+    f->shared = (unsigned)value;
+    return leave(SUCCESS);
+}
 EXPORT int cuFuncGetAttribute(int *value, int attribute, object *function) {
     ENTER("cuFuncGetAttribute");
     own(function, FUNCTION);
@@ -544,7 +553,8 @@ EXPORT int cuLaunchKernel(object *function, unsigned gx, unsigned gy, unsigned g
     object *f = own(function, FUNCTION), *s = own(stream, STREAM);
     note(" %s %ux%ux%u %ux%ux%u", f->image, gx, gy, gz, bx, by, bz);
     if (!gx || !gy || !gz || !bx || !by || !bz || gx > 0x7fffffff || gy > 65535 || gz > 65535 || bx > 1024 ||
-        by > 1024 || bz > 64 || (size_t)bx * by * bz > 1024 || extra || shared_bytes) {
+        by > 1024 || bz > 64 || (size_t)bx * by * bz > 1024 || extra ||
+        shared_bytes > (f->shared ? f->shared : 48 << 10)) {
         misuse("%s: a launch that no device takes", f->image);
     }
     op o = {.what = LAUNCH, .object = f, .grid = {gx, gy, gz}, .block = {bx, by, bz}};

@@ -118,7 +118,7 @@ def test_weights_come_back(element):
 
 def test_choice_follows_the_work():
     half = GPU.half()
-    assert gemm.plans(half, 4096, 4096, 4096)[0][1] == gemm.Plan(gemm.TENSOR_TILES[0])
+    assert gemm.plans(half, 4096, 4096, 4096)[0][1] in [gemm.Plan(tile) for tile in gemm.TENSOR_TILES[:2]]
     few = gemm.plans(half, 64, 8192, 256)[0][1]
     assert few.splits > 1 and few.tile.rows <= 64
     assert gemm.predict_us(half, 1024, 1024, 1024) < gemm.predict_us(GPU, 1024, 1024, 1024)
