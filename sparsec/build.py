@@ -157,7 +157,10 @@ EXPORTS = (
     "sparsec_input_info", "sparsec_output_info", "sparsec_arena_bytes", "sparsec_error_string", "sparsec_version",
     "sparsec_features_needed",
 )  # fmt: skip
-CUDA_EXPORTS = (*EXPORTS, "sparsec_run_device", "sparsec_run_timed", "sparsec_device_name")
+CUDA_EXPORTS = (
+    *EXPORTS, "sparsec_run_device", "sparsec_run_timed", "sparsec_run_steps", "sparsec_step_count", "sparsec_step_name",
+    "sparsec_device_name",
+)  # fmt: skip
 
 
 def kernel_object(program: Program, path: Path) -> bytes:

@@ -45,14 +45,15 @@ static int run_on_host(const sparsec_model *m, const sparsec_cuda_step *step) {
     return code;
 }
 
+static int run_step(const sparsec_model *m, const sparsec_cuda_step *step) {
+    return step->kernel < 0 ? run_on_host(m, step) : launch(m, step, m->stream);
+}
+
 static int queue_steps(const sparsec_model *m) {
     if (m->graph) return SPARSEC_CALL(&m->driver, cuGraphLaunch, m->graph, m->stream);
-    for (int32_t s = 0; s < sparsec_cuda.steps_count; s++) {
-        const sparsec_cuda_step *step = &sparsec_cuda.steps[s];
-        int code = step->kernel < 0 ? run_on_host(m, step) : launch(m, step, m->stream);
-        if (code) return code;
-    }
-    return SPARSEC_OK;
+    int code = SPARSEC_OK;
+    for (int32_t s = 0; s < sparsec_cuda.steps_count && !code; s++) code = run_step(m, &sparsec_cuda.steps[s]);
+    return code;
 }
 
 void sparsec_cuda_capture(sparsec_model *m) {
@@ -74,14 +75,27 @@ void sparsec_cuda_capture(sparsec_model *m) {
     d->cuStreamDestroy_v2(stream);
 }
 
-/* Queues the steps between the two events, then waits. */
-static int time_steps(const sparsec_model *m, float *milliseconds) {
+/* Queues all steps (`step` null) or one between the two events, then waits. */
+static int time_queued(const sparsec_model *m, const sparsec_cuda_step *step, float *milliseconds) {
     const sparsec_driver *d = &m->driver;
     int code = SPARSEC_CALL(d, cuEventRecord, m->begin, m->stream);
-    if (!code) code = queue_steps(m);
+    if (!code) code = step ? run_step(m, step) : queue_steps(m);
     if (!code) code = SPARSEC_CALL(d, cuEventRecord, m->end, m->stream);
     if (!code) code = SPARSEC_CALL(d, cuStreamSynchronize, m->stream);
     if (!code) code = SPARSEC_CALL(d, cuEventElapsedTime, milliseconds, m->begin, m->end);
+    return code;
+}
+
+/* How steps are run: as fast as can be, timed as a whole, timed one by one. */
+typedef enum pace { FAST, TIMED, SINGLE } pace;
+
+static int run_at(const sparsec_model *m, pace how, float *milliseconds) {
+    if (how == FAST) return queue_steps(m);
+    if (how == TIMED) return time_queued(m, NULL, milliseconds);
+    int code = SPARSEC_OK;
+    for (int32_t s = 0; s < sparsec_cuda.steps_count && !code; s++) {
+        code = time_queued(m, &sparsec_cuda.steps[s], &milliseconds[s]);
+    }
     return code;
 }
 
@@ -90,7 +104,8 @@ static size_t next(const sparsec_port *port) {
 }
 
 /* Host tensors through pinned memory: copies from anywhere else would wait for each other. */
-static int run_host(const sparsec_model *m, const void *const *inputs, void *const *outputs, float *milliseconds) {
+static int run_host(const sparsec_model *m, const void *const *inputs, void *const *outputs, pace how,
+                    float *milliseconds) {
     const sparsec_driver *d = &m->driver;
     sparsec_staging at = sparsec_cuda_staging(m->host.threads);
     unsigned char *staged = m->staging + at.inputs;
@@ -102,7 +117,7 @@ static int run_host(const sparsec_model *m, const void *const *inputs, void *con
                             m->stream);
         staged += next(port);
     }
-    if (!code) code = milliseconds ? time_steps(m, milliseconds) : queue_steps(m);
+    if (!code) code = run_at(m, how, milliseconds);
     staged = m->staging + at.outputs;
     for (int32_t i = 0; i < sparsec_program.outputs_count && !code; i++) {
         const sparsec_port *port = &sparsec_program.outputs[i];
@@ -143,27 +158,43 @@ static int run_device(const sparsec_model *m, const void *const *inputs, void *c
 
 /* The instance's context is current while it runs, and behind it whatever was current before. */
 static int run_in_context(const sparsec_model *m, const void *const *inputs, void *const *outputs, int on_device,
-                          float *milliseconds) {
+                          pace how, float *milliseconds) {
     const sparsec_driver *d = &m->driver;
     int code = sparsec_check_ports(m, inputs, outputs);
     if (!code) code = SPARSEC_CALL(d, cuCtxPushCurrent_v2, m->context);
     if (code) return code;
-    code = on_device ? run_device(m, inputs, outputs) : run_host(m, inputs, outputs, milliseconds);
+    code = on_device ? run_device(m, inputs, outputs) : run_host(m, inputs, outputs, how, milliseconds);
     CUcontext popped;
     CUresult result = d->cuCtxPopCurrent_v2(&popped);
     return code ? code : sparsec_driver_code(d, result, "cuCtxPopCurrent_v2");
 }
 
 int sparsec_run(sparsec_model *model, const void *const *inputs, void *const *outputs) {
-    return run_in_context(model, inputs, outputs, 0, NULL);
+    return run_in_context(model, inputs, outputs, 0, FAST, NULL);
 }
 
 int sparsec_run_timed(sparsec_model *model, const void *const *inputs, void *const *outputs, float *milliseconds) {
-    return milliseconds ? run_in_context(model, inputs, outputs, 0, milliseconds) : SPARSEC_BAD_ARGUMENT;
+    return milliseconds ? run_in_context(model, inputs, outputs, 0, TIMED, milliseconds) : SPARSEC_BAD_ARGUMENT;
+}
+
+int sparsec_run_steps(sparsec_model *model, const void *const *inputs, void *const *outputs, float *milliseconds) {
+    return milliseconds ? run_in_context(model, inputs, outputs, 0, SINGLE, milliseconds) : SPARSEC_BAD_ARGUMENT;
+}
+
+int32_t sparsec_step_count(const sparsec_model *model) {
+    (void)model;
+    return sparsec_cuda.steps_count;
+}
+
+const char *sparsec_step_name(const sparsec_model *model, int32_t step) {
+    (void)model;
+    if (step < 0 || step >= sparsec_cuda.steps_count) return NULL;
+    int32_t kernel = sparsec_cuda.steps[step].kernel;
+    return kernel < 0 ? "host" : sparsec_cuda.kernel_names[kernel];
 }
 
 int sparsec_run_device(sparsec_model *model, const void *const *inputs, void *const *outputs) {
-    return run_in_context(model, inputs, outputs, 1, NULL);
+    return run_in_context(model, inputs, outputs, 1, FAST, NULL);
 }
 
 int sparsec_device_name(const sparsec_model *model, char *name, size_t bytes) {

@@ -129,6 +129,15 @@ SPARSEC_API int sparsec_run_device(sparsec_model *model, const void *const *inpu
 SPARSEC_API int sparsec_run_timed(sparsec_model *model, const void *const *inputs, void *const *outputs,
                                   float *milliseconds);
 
+/* The same as run, one step after the other, each waited for: milliseconds[i] [step_count] is what the device needed for
+   step i, or the copies and the processor for a step of the host. A kernel's launch, some microseconds, is in it. */
+SPARSEC_API int sparsec_run_steps(sparsec_model *model, const void *const *inputs, void *const *outputs,
+                                  float *milliseconds);
+SPARSEC_API int32_t sparsec_step_count(const sparsec_model *model);
+
+/* The kernel of a step, "host" where the processor computes it; null if there is no such step. */
+SPARSEC_API const char *sparsec_step_name(const sparsec_model *model, int32_t step);
+
 /* The device's name as its driver has it, zero-terminated, at most `bytes`. */
 SPARSEC_API int sparsec_device_name(const sparsec_model *model, char *name, size_t bytes);
 /* cuda: end */

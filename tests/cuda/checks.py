@@ -86,12 +86,13 @@ class Instance:
     def __init__(self, folder: Path, weights: bytes | None = None, **options: object) -> None:
         self.library = ctypes.CDLL(str(folder / "libmodel.so"))
         self.library.sparsec_arena_bytes.restype = ctypes.c_size_t
-        for name in ("run", "run_device", "run_timed", "close", "device_name", "open"):
-            getattr(self.library, f"sparsec_{name}").argtypes = {
-                "run": [ctypes.c_void_p] * 3, "run_device": [ctypes.c_void_p] * 3, "run_timed": [ctypes.c_void_p] * 4,
-                "close": [ctypes.c_void_p], "device_name": [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t],
-                "open": [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p],
-            }[name]  # fmt: skip
+        self.library.sparsec_step_name.restype = ctypes.c_char_p
+        pointer = ctypes.c_void_p
+        types = {"run": 3 * [pointer], "run_device": 3 * [pointer], "run_timed": 4 * [pointer], "close": [pointer]}
+        types |= {"run_steps": 4 * [pointer], "device_name": [pointer, ctypes.c_char_p, ctypes.c_size_t]}
+        types["open"] = [pointer, ctypes.c_size_t, pointer, pointer]
+        for name, arguments in types.items():
+            getattr(self.library, f"sparsec_{name}").argtypes = arguments
         self.handle = ctypes.c_void_p(1)
         self.text = ctypes.create_string_buffer(256)
         options = {"message": ctypes.cast(self.text, ctypes.c_char_p), "message_bytes": 256, **options}
@@ -151,6 +152,11 @@ def graph_of_all_steps(folder: Path) -> None:
     name = ctypes.create_string_buffer(64)
     assert model.library.sparsec_device_name(model.handle, name, 64) == OK
     assert name.value == b"stub device 0"
+    count = model.library.sparsec_step_count(None)
+    steps = [model.library.sparsec_step_name(None, i) for i in range(count)]
+    assert steps == [b"relu", b"add_row", b"reverse_rows"]
+    assert model.run(9, "run_steps", (ctypes.c_float * count)()) == OK
+    assert _launches(driver) == 3
     model.close()
     driver.clean()
 
@@ -187,6 +193,11 @@ def host_steps(folder: Path) -> None:
         size = ROWS * COLUMNS * 4
         assert calls.count(f"cuMemcpyDtoHAsync_v2 {size}") == calls.count(f"cuMemcpyHtoDAsync_v2 {size}") == 3 * 2
         assert not any("Graph" in line for line in calls)
+        steps = (ctypes.c_float * 3)(-1, -1, -1)
+        assert model.run(8, "run_steps", steps) == OK
+        assert min(steps) >= 0
+        names = [model.library.sparsec_step_name(None, i) for i in range(-1, 4)]
+        assert (names[0], names[2], names[4]) == (None, b"host", None)
         milliseconds = ctypes.c_float(-1)
         assert model.run(7, "run_timed", ctypes.byref(milliseconds)) == OK
         assert milliseconds.value >= 0
@@ -370,7 +381,8 @@ def each_call_fails_once_when_running(folder: Path) -> None:
     """run says which one; the next run is right."""
     driver, model = Driver(), Instance(folder, threads=2)
     alive, milliseconds = driver.c.stub_live(), ctypes.c_float()
-    for function, more in (("run", ()), ("run_timed", (ctypes.byref(milliseconds),))):
+    ways = ("run", ()), ("run_timed", (ctypes.byref(milliseconds),)), ("run_steps", ((ctypes.c_float * 3)(),))
+    for function, more in ways:
         count = 0
         for n in range(1000):
             driver.journal()
@@ -439,7 +451,7 @@ def bad_arguments(folder: Path) -> None:
         function = getattr(call, f"sparsec_{name}")
         assert function(None, one, two) == function(model.handle, None, two) == BAD_ARGUMENT
         assert function(model.handle, one, two) == function(model.handle, one, None) == BAD_ARGUMENT
-    assert model.run(1, "run_timed", None) == BAD_ARGUMENT
+    assert model.run(1, "run_timed", None) == model.run(1, "run_steps", None) == BAD_ARGUMENT
     assert call.sparsec_device_name(model.handle, None, 4) == call.sparsec_device_name(None, b"", 1) == BAD_ARGUMENT
     assert Instance(folder, threads=-1).code == Instance(folder, threads=257).code == BAD_ARGUMENT
     call.sparsec_close(None)
