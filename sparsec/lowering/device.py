@@ -38,7 +38,7 @@ from sparsec.program import MAX_ARGS, Kernel, Launch
 STATIC_SHARED = 48 << 10  # bytes of a block that need no request: CUDA C++ Programming Guide, compute capabilities
 REDUCERS = 256  # threads of a block that reduce together
 SHORT = 64  # terms: reductions no longer than that are left to one thread each where there are MANY of them
-MANY = 256  # results
+MANY = 64  # results
 THREADS = 256  # of a block, a thread for each result
 
 Rule = Callable[[Any, Any], Any]
@@ -67,26 +67,30 @@ def split_device(func: Any, gpu: Gpu) -> tuple[list[DeviceNest], dict[str, tuple
     Raises ValueError if no rule gives its work to threads, or if a kernel needs more than MAX_ARGS buffers.
     """
     target = tvm.target.Target({"kind": "cuda", "arch": gpu.arch, "max_shared_memory_per_block": STATIC_SHARED})
-    problem = "its loops depend on each other: no threads to share them"
-    lazy = None
+    problem = _DEPENDENT
+    lazy: list[tuple[int, list[DeviceNest], dict[str, tuple[tuple[int, ...], str]]]] = []
     for rule in _rules(func):
         try:
             with target:
                 scheduled = rule(func, target)
             if scheduled is None:
                 continue
-            nests, intermediates, busy = _pieces(scheduled, gpu.arch)
+            nests, intermediates, active = _pieces(scheduled, gpu.arch)
         except _Unfit as error:
             problem = str(error)
             continue
         except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, KeyError):  # what a rule stumbles over
             continue
-        if busy:
+        if active >= WARP:
             return nests, intermediates
-        lazy = lazy or (nests, intermediates)
-    if lazy is not None and all(nest.flops <= 8 * WARP for nest in lazy[0]):
-        return lazy
+        lazy.append((active, nests, intermediates))
+    for active, nests, intermediates in sorted(lazy, key=lambda found: -found[0]):
+        if active > 1 or all(nest.flops <= 8 * WARP for nest in nests):
+            return nests, intermediates
     raise ValueError(problem)
+
+
+_DEPENDENT = "its loops depend on each other: no threads to share them"
 
 
 class _Unfit(Exception):
@@ -146,21 +150,36 @@ def threads_by_result(func: Any, target: Any, joined: bool = False) -> Any:
         if axes is None:
             return None
         results, terms = axes
-        block, thread = schedule.split(results, factors=[None, THREADS])
+        extent = const_int(schedule.get(results).extent) or 1
+        count = _divisor(extent) if terms else THREADS
+        if count < min(WARP, extent):
+            if joined:
+                return None
+            count = THREADS
+        block, thread = schedule.split(results, factors=[None, count])
         schedule.bind(block, "blockIdx.x")
         schedule.bind(thread, "threadIdx.x")
         if not terms:
             continue
+        behind = []
         if joined:
             schedule.set_scope(info.block_rv, 0, "local")
             behind = [infos[1].block_rv]
-        else:
+        elif extent % count == 0:
             sums = range(len(schedule.get(info.block_rv).writes))
             behind = [schedule.cache_write(info.block_rv, i, "local") for i in sums]
         for last in behind:
             schedule.reverse_compute_at(last, thread, preserve_unit_loops=True)
         schedule.decompose_reduction(info.block_rv, terms[0])
     return schedule.mod["main"]
+
+
+def _divisor(extent: int) -> int:
+    """Threads of a block that share `extent` results without a rest: in TVM 0.27 `reverse_compute_at` loses the condition
+    that a rest needs.
+    """
+    found = [d for d in range(1, THREADS + 1) if extent % d == 0]
+    return max(found, key=lambda d: (d % WARP == 0 and d >= 2 * WARP, d))
 
 
 def reduce_by_blocks(func: Any, target: Any) -> Any:
@@ -203,24 +222,24 @@ def _axes(schedule: Any, info: Any) -> tuple[Any, list[Any]] | None:
     return schedule.fuse(*spatial), reduced
 
 
-def _pieces(func: Any, arch: str) -> tuple[list[DeviceNest], dict[str, tuple[tuple[int, ...], str]], bool]:
-    """The kernels of a scheduled function, their intermediates, and whether each keeps a warp busy."""
+def _pieces(func: Any, arch: str) -> tuple[list[DeviceNest], dict[str, tuple[tuple[int, ...], str]], int]:
+    """The kernels of a scheduled function, their intermediates, and how many threads work in the idlest, WARP at most."""
     root = func.body.block if isinstance(func.body, s_tir.SBlockRealize) else None
-    if root is None or root.iter_vars:
-        raise _Unfit("it is not made of loops over its results")
+    if root is None or root.iter_vars or _opaque(root):
+        raise _Unfit(_DEPENDENT)
     shared = [buffer for buffer in root.alloc_buffers if str(buffer.scope()) == "global"]
     names = {buffer: f"p{i}" for i, buffer in enumerate(func.params)}
     names.update({buffer: f"t{i}" for i, buffer in enumerate(shared)})
-    nests, busy = [], True
+    nests, active = [], WARP
     for stmt in statements(root.body):
-        nest, enough = _nest(stmt, names, [b for b in root.alloc_buffers if b not in names], arch)
+        nest, threads = _nest(stmt, names, [b for b in root.alloc_buffers if b not in names], arch)
         nests.append(nest)
-        busy = busy and enough
+        active = min(active, threads)
     used = {name for nest in nests for name in nest.buffers}
-    return nests, {names[b]: (shape_of(b), str(b.dtype)) for b in shared if names[b] in used}, busy
+    return nests, {names[b]: (shape_of(b), str(b.dtype)) for b in shared if names[b] in used}, active
 
 
-def _nest(stmt: Any, names: dict[Any, str], private: list[Any], arch: str) -> tuple[DeviceNest, bool]:
+def _nest(stmt: Any, names: dict[Any, str], private: list[Any], arch: str) -> tuple[DeviceNest, int]:
     reads: set[Any] = set()
     writes: set[Any] = set()
     tvm_ffi.structural_walk(
@@ -244,7 +263,7 @@ def _nest(stmt: Any, names: dict[Any, str], private: list[Any], arch: str) -> tu
     launch = launch_of(func)
     threads = math.prod(launch.block)
     if launch.blocks * threads == 1 and not _binds(stmt):
-        raise _Unfit("its loops depend on each other: no threads to share them")
+        raise _Unfit(_DEPENDENT)
     if threads > MAX_THREADS or any(g > most for g, most in zip(launch.grid, MAX_GRID, strict=True)):
         raise _Unfit(f"a launch of {launch.grid} blocks of {threads} threads is beyond what CUDA takes")
     if reduces_across_threads(func):
@@ -253,11 +272,23 @@ def _nest(stmt: Any, names: dict[Any, str], private: list[Any], arch: str) -> tu
         except BuildError as error:
             raise _Unfit(error.message) from error
     size = sum(math.prod(shape_of(b)) * itemsize(b) for b in buffers)
-    flops, busy = _work(stmt)
+    flops, active = _work(stmt)
     nest = DeviceNest(
         func, tuple(names[b] for b in buffers), tuple(names[b] for b in buffers if b in writes), launch, flops, size
     )
-    return nest, busy
+    return nest, active
+
+
+def _opaque(root: Any) -> bool:
+    """Whether a block has loops of its own, over which schedules have no power."""
+    found: list[Any] = []
+
+    def visit(block: Any) -> None:
+        if not block.same_as(root):
+            tvm_ffi.structural_walk(block.body, (tirx.For, found.append))
+
+    tvm_ffi.structural_walk(root.body, (s_tir.SBlock, visit))
+    return bool(found)
 
 
 def _binds(stmt: Any) -> bool:
@@ -266,12 +297,12 @@ def _binds(stmt: Any) -> bool:
     return bool(found)
 
 
-def _work(stmt: Any) -> tuple[int, bool]:
-    """Operations of a nest, and whether every block of it keeps a warp of threads busy (or has less work than that)."""
-    total, busy = 0, True
+def _work(stmt: Any) -> tuple[int, int]:
+    """Operations of a nest, and how many threads work in the idlest of its blocks; WARP where there is no more work."""
+    total, active = 0, WARP
 
     def visit(node: Any, serial: int) -> None:
-        nonlocal total, busy
+        nonlocal total, active
         if isinstance(node, tirx.For):
             bound = node.thread_binding is not None
             visit(node.body, serial if bound else serial * (const_int(node.extent) or 1))
@@ -283,15 +314,15 @@ def _work(stmt: Any) -> tuple[int, bool]:
             volume = math.prod(const_int(v.dom.extent) or 1 for v in block.iter_vars)
             inner = sum(operation_count(s) for s in statements(block.body) if isinstance(s, tirx.BufferStore))
             total += volume * max(1, inner)
-            if volume > WARP and volume < WARP * serial:
-                busy = False
+            if volume > WARP:
+                active = min(active, max(1, volume // serial))
             if any(isinstance(s, tirx.For | s_tir.SBlockRealize) for s in statements(block.body)):
                 visit(block.body, serial)
         elif isinstance(node, tirx.IfThenElse):
             visit(node.then_case, serial)
 
     visit(stmt, 1)
-    return total, busy
+    return total, active
 
 
 __all__ = ["DeviceNest", "reduce_by_blocks", "split_device", "threads_by_result"]

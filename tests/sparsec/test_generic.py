@@ -14,31 +14,13 @@ import pytest
 from harness import run_region
 from onnx import TensorProto, helper, numpy_helper
 from operator_cases import CASES, Case, floats, ints, positive
+from operator_cases.reference import EPS, compare, expected, model_of
 
 from sparsec.errors import UnsupportedError
 from sparsec.lowering.generic import GenericRegion, lower_generic
 from sparsec.targets import find_target
 
-EPS = float(np.finfo(np.float32).eps)
 MACHINE = find_target("host").machine
-
-
-def model_of(case: Case) -> onnx.ModelProto:
-    names, initializers, inputs = [], [], []
-    for i, array in enumerate(case.x):
-        names.append(f"x{i}")
-        inputs.append(helper.make_tensor_value_info(f"x{i}", helper.np_dtype_to_tensor_dtype(array.dtype), array.shape))
-    for i, array in enumerate(case.constants):
-        names.append("" if array is None else f"c{i}")
-        if array is not None:
-            initializers.append(numpy_helper.from_array(np.asarray(array), f"c{i}"))
-    outputs = [f"y{i}" for i in range(case.outputs)]
-    node = helper.make_node(case.op, names, outputs, name="node", **case.attributes)
-    graph = helper.make_graph(
-        [node], "case", inputs, [helper.make_empty_tensor_value_info(o) for o in outputs], initializers
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", case.opset)], ir_version=10)
-    return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
 
 
 def lower_model(model: onnx.ModelProto) -> tuple[GenericRegion, dict[str, tuple[tuple[int, ...], str]]]:
@@ -50,28 +32,13 @@ def lower_model(model: onnx.ModelProto) -> tuple[GenericRegion, dict[str, tuple[
     return region, {v.name: (tuple(int(d) for d in v.shape), v.dtype.numpy().name) for v in values}
 
 
-def compare(case: Case, reference: np.ndarray, result: np.ndarray) -> None:
-    assert result.shape == reference.shape
-    assert result.dtype == reference.dtype
-    if reference.dtype != np.float32:
-        np.testing.assert_array_equal(result, reference)
-        return
-    finite = np.abs(reference[np.isfinite(reference)])
-    scale = max(float(finite.max(initial=0)), float(max(np.abs(x).max() for x in case.x)))
-    # a sum of `depth` products in any order, and an elementary function of it within 16 ulp
-    tolerance = (16 + 2 * case.depth) * EPS * scale
-    np.testing.assert_allclose(result, reference, rtol=16 * EPS, atol=tolerance)
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_operator(case: Case) -> None:
     model = model_of(case)
     feeds = {f"x{i}": array for i, array in enumerate(case.x)}
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    expected = session.run(None, feeds)
     region, outputs = lower_model(model)
     results = run_region(region, feeds, outputs)
-    for i, reference in enumerate(expected):
+    for i, reference in enumerate(expected(case)):
         compare(case, reference, results[f"y{i}"])
     assert all(step.nodes == ("node",) for step in region.steps)
 
