@@ -122,18 +122,19 @@ def denoise(run: Run, data: Path, share: int) -> float:
         length = min(len(x), len(clean)) // share
         x, clean = x[:length], clean[:length]
         window = np.sqrt(np.hanning(321)[:320]).astype(np.float64)
-        count = 1 + (len(x) - 320) // 160
-        frames = np.stack([x[160 * i : 160 * i + 320] * window for i in range(count)])
+        padded = np.pad(x, (160, 320))  # so that every sample is in two frames
+        count = 1 + (len(padded) - 320) // 160
+        frames = np.stack([padded[160 * i : 160 * i + 320] * window for i in range(count)])
         spectra = np.fft.rfft(frames)
         logs = np.log10(np.maximum(np.abs(spectra) ** 2, 1e-12)).astype(np.float32)
         states = {name: np.zeros((1, 1, 400), np.float32) for name in ("h_in_1", "h_in_2")}
-        enhanced = np.zeros(len(x))
+        enhanced = np.zeros(len(padded))
         for i in range(count):
             out = run({"input": logs[None, i : i + 1], **states})
             mask, *new = out.values()
             states = dict(zip(states, new, strict=True))
             enhanced[160 * i : 160 * i + 320] += np.fft.irfft(spectra[i] * mask.reshape(-1)) * window
-        gains.append(_si_snr(enhanced, clean))
+        gains.append(_si_snr(enhanced[160 : 160 + length], clean))
     return float(np.mean(gains))
 
 
