@@ -125,6 +125,8 @@ class Compress(Pass):
             "measured damage": _digits(float(fidelity.damages(changed).mean())),
         })  # fmt: skip
         for name, choice in chosen.items():
+            if not dense[name]:
+                continue  # its weight is that of a layer before
             record = _record(name, choice, dense[name])
             goal = goals[name]
             if goal in before and goal in after and before[goal].shape == after[goal].shape:

@@ -72,6 +72,25 @@ def compressed(model: ir.Model, **options: object) -> tuple[ir.Model, list[dict]
     return made, next(record["details"] for record in records if record["name"] == "compress")
 
 
+RECURRENT = """g (float[1,6,16] x) => (float[1,6,8] y) {
+    a = MatMul(x, step)  b = Tanh(a)  c = MatMul(b, step)  d = Tanh(c)  e = MatMul(d, full)  f = Tanh(e)  y = MatMul(f, last)
+}"""
+
+
+@pytest.mark.parametrize("methods", [("low-rank", "sparse"), ()])
+def test_a_weight_that_several_read_is_chosen_for_once(model, methods: tuple[str, ...]) -> None:
+    net = model(RECURRENT, step=low_rank(16, 16, 2), full=f32(16, 24), last=f32(24, 8))
+    made, (summary, *rows) = compressed(net, bytes=0.85, methods=methods)
+    assert [row["layer"] for row in rows] == ["MatMul_0", "MatMul_4", "MatMul_6"]
+    assert summary["of"] == sum(row["dense"] for row in rows) == 4 * (16 * 16 + 16 * 24 + 24 * 8)
+    if methods:
+        assert rows[0]["choice"].startswith("svd"), rows[0]
+        parts = [layer for layer in weighted_layers(made) if layer.name.startswith(("MatMul_0/", "MatMul_2/"))]
+        assert len(parts) == 4 and len({id(part.weight) for part in parts}) == 2
+    reference, after = run(net, samples(8, 1)), run(made, samples(8, 1))
+    assert np.square(after - reference).sum() < 0.05 * np.square(reference).sum()
+
+
 def test_each_layer_gets_the_form_it_has(net: ir.Model) -> None:
     made, (summary, *rows) = compressed(net, bytes=0.55, methods=("sparse", "low-rank"))
     choice = {row["layer"]: row["choice"] for row in rows}
