@@ -21,6 +21,8 @@ $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[test,lint]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --only-binary :all: --editable '.[cuda]' || \
+		echo "no wheels of NVIDIA's compiler for this platform: tests of what it compiles are skipped"
 	@touch $@
 
 demo: $(BIN)/.installed
