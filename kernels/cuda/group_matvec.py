@@ -183,13 +183,13 @@ def bind(
     n, k = stored.q.shape
     tiling = tiling or ranked_tilings(gpu, m, stored, sparse)[0][1]
     packed = pack(stored, m, tiling, sparse, gpu.element)
+    codes = [array for array in (packed.rows, packed.centres, packed.places) if array is not None]
     constants = {"weights": packed.words.reshape(-1), "scales": packed.scales.reshape(-1)}
-    for role, array in (("centres", packed.centres), ("rows", packed.rows), ("places", packed.places)):
-        if array is not None:
-            constants[role] = array.reshape(-1)
+    if codes:  # kernels have few arguments: one array of 16-bit words
+        constants["codes"] = np.concatenate([array.reshape(-1).view(np.int16) for array in codes])
     # An empty array has no address; one zero stands for it.
     constants = {role: array if array.size else np.zeros(1, array.dtype) for role, array in constants.items()}
-    constants |= {"bands": packed.bands, "pointers": packed.pointers}
+    constants["tables"] = np.concatenate([packed.bands, packed.pointers])
     biases = {"bias": np.zeros(n, np.float32) if bias is None else bias.astype(np.float32)}
     split = tiling.splits > 1
     constants |= {} if split else biases
@@ -199,7 +199,7 @@ def bind(
     form = form_of(stored, sparse)
     facts = (
         m, stored.bits, packed.group, packed.shape, packed.slots, stored.zero is None, sparse, tiling, packed.tiles,
-        packed.bands.tobytes(), activation, residual, gpu.element,
+        packed.bands.tobytes(), activation, residual, gpu.element, str(packed.scales.dtype),
     )  # fmt: skip
     text = f"{m}x{k} times {k}x{n} in {stored.bits} bits, {packed.tiles} tiles of {TALL} groups of {packed.group}"
     roles = ["x", "parts"] if split else ["x", "y", *others]
@@ -244,11 +244,13 @@ class _Block:
     ) -> None:
         self.packed, self.m, self.tiling, self.buffers = packed, m, tiling, buffers
         self.half = gpu.element == "float16"
-        self.element = gpu.element
         self.block, self.thread = block, thread
         self.tallest = -(-int(np.diff(packed.bands).max()) // TALL) * TALL
         self.runs, self.wide = packed.words.shape[1], packed.words.shape[3]
         self.words = self.runs * self.wide
+        # Where the centres and places begin in the array of codes.
+        sizes = [0 if array is None else array.nbytes // 2 for array in (packed.rows, packed.centres)]
+        self.starts = sizes[0], sum(sizes)
         self.ahead = ahead_of(packed.group, packed.bits)
         self.unit = int(np.gcd(packed.group, UNIT))
 
@@ -259,11 +261,11 @@ class _Block:
         self.lane, self.warp = T.bind(self.thread % 32), T.bind(self.thread // 32)
         self.g, self.t = T.bind(self.lane // 4), T.bind(self.lane % 4)
         band = T.bind(self.block // tiling.splits)
-        self.first = T.bind(self.buffers["bands"][band])
-        outputs = T.bind(self.buffers["bands"][band + 1] - self.first)
-        begin, end = (T.bind(self.buffers["pointers"][self.block + i]) for i in range(2))
+        self.first = T.bind(self.buffers["tables"][band])
+        outputs = T.bind(self.buffers["tables"][band + 1] - self.first)
+        begin, end = (T.bind(self.buffers["tables"][packed.bands.size + self.block + i]) for i in range(2))
         if packed.rows is None:
-            self.low = T.bind(self.buffers["pointers"][band * tiling.splits])
+            self.low = T.bind(self.buffers["tables"][packed.bands.size + band * tiling.splits])
             self.tall = T.bind((outputs + (TALL - 1)) // TALL)
         self.sums = emit.shared(warps * self.tallest * m)
         size = warps * self.tallest * m
@@ -295,7 +297,7 @@ class _Block:
         """What is on its way."""
         packed = self.packed
         self.held = emit.local(self.ahead * self.words, "int32")
-        self.scales = emit.local(self.ahead * 2, self.element)
+        self.scales = emit.local(self.ahead * 2, str(packed.scales.dtype))
         self.codes = emit.local(self.ahead * 2, str(packed.rows.dtype)) if packed.rows is not None else None
         self.place = emit.local(self.ahead, "int32")
         self.centres = emit.local(self.ahead * 2 if packed.centres is not None else 2, "float16")
@@ -313,14 +315,14 @@ class _Block:
             index = ((tile * self.runs + run) * 32 + self.lane) * self.wide
             self._fetch(self.held, u * self.words + run * self.wide, "weights", index, self.wide, 4)
         pair = T.bind(tile * TALL + self.g * 2)
-        self._fetch(self.scales, 2 * u, "scales", pair, 2, 2 if self.half else 4)
+        self._fetch(self.scales, 2 * u, "scales", pair, 2, packed.scales.itemsize)
         if packed.centres is not None:
-            self._fetch(self.centres, 2 * u, "centres", pair, 2, 2)
+            self._fetch(self.centres, 2 * u, "codes", self.starts[0] + pair, 2, 2)
         if self.codes is not None and packed.rows is not None:
-            self._fetch(self.codes, 2 * u, "rows", pair, 2, packed.rows.itemsize)
+            self._fetch(self.codes, 2 * u, "codes", pair * (packed.rows.itemsize // 2), 2, packed.rows.itemsize)
         if packed.places is not None:
             slot = self.g // (MOST_ROWS // packed.slots)
-            place = self.buffers["places"][tile * packed.slots + slot]
+            place = self.buffers["codes"][self.starts[1] + tile * packed.slots + slot]
             T.buffer_store(self.place, T.Cast("int32", place), [u])
         elif self.codes is None:
             T.buffer_store(self.place, (tile - self.low) // self.tall, [u])
@@ -393,10 +395,7 @@ class _Block:
         packed, m, own = self.packed, self.m, self.codes is not None
         each, run = packed.bits // 4, self.unit // 4
         rows = [self._row(u, tile, half) for half in range(2)]
-        inputs, totals = emit.local(run), emit.local(2 * m)
-        for i in range(2 * m):
-            T.buffer_store(totals, T.float32(0), [i])
-        widened = emit.local(2 * run)
+        inputs, totals, widened = emit.local(run), emit.local(2), emit.local(2 * run)
         for first in range(0, packed.group, self.unit):
             for half in range(2):
                 centre = T.Cast("int32", self.centres[(2 * u if packed.centres is not None else 0) + half])
@@ -409,19 +408,17 @@ class _Block:
                     else:
                         value = (self.held[at + register // 2] >> (16 * (register % 2) + 8 * (e % 2))) & 255
                     T.buffer_store(widened, T.Cast("float32", value - centre), [half * run + e])
-            for b in range(m):
+            with T.serial(0, m) as b:
                 for half, (row, place) in enumerate(rows):
                     if own or half == 0:
                         self._inputs(inputs, 0, b, place if own else self.place[u], first, row >= 0)
-                    value = totals[2 * b + half]
+                    T.buffer_store(totals, T.float32(0), [half])
                     for e in range(run):
-                        value = inputs[e] * widened[half * run + e] + value
-                    T.buffer_store(totals, value, [2 * b + half])
-        for b in range(m):
-            for half, (row, _) in enumerate(rows):
-                emit.call("sparsec_quad_sum", emit.address(totals, 2 * b + half))
-                with T.If(tir_all(row >= 0, self.t == b % 4)), T.Then():
-                    self._add(row, b, totals[2 * b + half] * self.scales[2 * u + half])
+                        T.buffer_store(totals, inputs[e] * widened[half * run + e] + totals[half], [half])
+                for half, (row, _) in enumerate(rows):
+                    emit.call("sparsec_quad_sum", emit.address(totals, half))
+                    with T.If(tir_all(row >= 0, self.t == half)), T.Then():
+                        self._add(row, b, totals[half] * self.scales[2 * u + half])
 
 
 def tir_all(*conditions: Any) -> Any:

@@ -203,10 +203,18 @@ def word_major(packed: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(packed.transpose(0, 1, 3, 2)).reshape(tiles, runs * wide, lanes)
 
 
+def scale_type(stored: Stored, element: str) -> str:
+    """The type that scales are stored in."""
+    sizes = np.abs(stored.scale[stored.scale != 0])
+    normal = sizes.size == 0 or (sizes.min() >= 2.0**-14 and sizes.max() <= 65504)
+    return "float16" if element == "float16" and normal else "float32"
+
+
 def pack(stored: Stored, m: int, tiling: Tiling, sparse: bool, element: str = "float16") -> Packed:
     """The stored form for m rows of x. `sparse`: groups of zeros are left out; else every group is stored.
 
-    element: of the scales. In float32 every group of a tile has its own place.
+    element: what x is. In float32 every group of a tile has its own place. Scales are float16 with float16, where it holds
+    them all as normal numbers.
     """
     k = stored.q.shape[1]
     stored = cut(stored)
@@ -259,7 +267,7 @@ def pack(stored: Stored, m: int, tiling: Tiling, sparse: bool, element: str = "f
         centres = by_group(base + stored.zero[row, place].astype(np.int32), base, "float16")
     return Packed(
         stored.bits, group, (n, k), slots, bands, np.array(pointers, np.int32), lane_major(words_of(values, stored.bits)),
-        by_group(stored.scale[row, place], 0.0, element), centres, rows, places,
+        by_group(stored.scale[row, place], 0.0, scale_type(stored, element)), centres, rows, places,
     )  # fmt: skip
 
 
