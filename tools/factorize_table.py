@@ -14,6 +14,7 @@ Five tables, errors measured on samples that calibration never saw:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -42,7 +43,6 @@ RECOVERED = " + recover"
 ALSO = {
     "squeezenet1.1": "include=*"
 }  # two fifths of its weights are in the last layer, which is not matched unless named
-REPEATS = 5  # of a timing; the median counts
 SPEED = "forms=svd,method=plain,allocation=uniform"  # what runs how fast does not depend on the numbers
 Samples = dict[str, np.ndarray]  # [N, 1, ...] by input name: a batch of one in front of each sample
 
@@ -320,10 +320,11 @@ def speed_rows(given: Case, shares: list[float], rounds: int, keep: Path) -> Ite
     """Compiled for this machine with ranks of at least 16: measured speed-up of the whole model (in turns) and of the layers
     that were factorized (their steps called one by one), over the one that multiply-adds promise: all of the model's, those
     of two activations too. `by time`: of the whole, when what was not factorized takes the time that it took."""
-    from bench.layers import layer_times
+    from bench.layers import layer_times_in_turns
+    from bench.turns import pinned, ratio, take_turns
 
     import sparsec
-    from sparsec.bench import faster
+    from sparsec.bench import find_runtime, read_parity
     from sparsec.loading import load_model
     from sparsec.lowering import lower
     from sparsec.passes.layers import weighted_layers
@@ -338,11 +339,22 @@ def speed_rows(given: Case, shares: list[float], rounds: int, keep: Path) -> Ite
             sparsec.compile(given.load(), "host", threads=1, passes=passes, calibration=data, output=where)
         return sparsec.load(where)
 
-    def times(made: Any) -> dict[str, float]:
-        model = load_model(made.path / "model.onnx")
-        specs = [input_spec(value) for value in model.graph.inputs]
+    def faster(before: Any, after: Any) -> float:
+        """How many times as fast, the median over rounds."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(pinned())
+            sessions = [stack.enter_context(find_runtime(None, made).open(made, 1)) for made in (before, after)]
+            bursts = {str(i): burst(session.once(read_parity(before))) for i, session in enumerate(sessions)}
+            first, second = take_turns(bursts, rounds).values()
+        return ratio(first, second).median
+
+    def layer_times(models: list[Any]) -> list[dict[str, float]]:
+        """Microseconds of each layer of the models, by name."""
+        specs = [input_spec(value) for value in models[0].graph.inputs]
         feed = {spec.name: given.held[spec.name][0].astype(np.float32) for spec in specs}
-        return {row["name"]: row["measured_us"] for row in layer_times(lower(model, find_target("host")), feed, rounds)}
+        programs = [lower(model, find_target("host")) for model in models]
+        found = layer_times_in_turns(programs, [feed] * len(models), rounds)
+        return [{row["name"]: row["measured_us"] for row in rows} for rows in found]
 
     dense = artifact("dense", [])
     for share in shares:
@@ -351,21 +363,35 @@ def speed_rows(given: Case, shares: list[float], rounds: int, keep: Path) -> Ite
         before, after = multiply_adds(first), multiply_adds(second)
         kept = {layer.name for layer in weighted_layers(second)}
         changed = [layer.name for layer in weighted_layers(first) if layer.name not in kept]
-        promised = sum(before.values()) / sum(after.values())
-        measured = float(np.median([faster(dense, made, rounds) for _ in range(REPEATS)]))
+        promised, measured = sum(before.values()) / sum(after.values()), faster(dense, made)
         row = {
             "model": given.name, "asked": share, "layers": f"{len(changed)} of {len(list(weighted_layers(first)))}",
             "multiply-adds": promised, "measured": measured, "of them": measured / promised,
         }  # fmt: skip
         if changed:
+            old, new = layer_times([first, second])
             parts = [name for name in after if name not in before]
-            old, new = times(dense), times(made)
             promised = sum(before[n] for n in changed) / sum(after[n] for n in parts)
             measured = sum(old[n] for n in changed) / sum(new[n] for n in parts)
             share_of_time = sum(old[n] for n in changed) / sum(old.values())
             row |= {"share of time": share_of_time, "by time": 1 / (1 - share_of_time + share_of_time / promised)}
             row |= {"layers multiply-adds": promised, "layers measured": measured, "layers of it": measured / promised}
         yield row
+
+
+def burst(call: Callable[[], Any]) -> Callable[[int], list[float]]:
+    """Seconds of each of so many calls, after one that is not timed."""
+
+    def run(count: int) -> list[float]:
+        call()
+        seconds = []
+        for _ in range(count):
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    return run
 
 
 def multiply_adds(model: Any) -> dict[str, float]:
@@ -445,7 +471,7 @@ def main() -> None:
     parser.add_argument("--recover", type=float, default=0.0, metavar="MINUTES", help="train each, too")
     parser.add_argument("--calibration", type=int, default=0, metavar="SAMPLES", help="at most so many")
     parser.add_argument("--held", type=int, default=0, metavar="SAMPLES", help="at most so many to measure on")
-    parser.add_argument("--rounds", type=int, default=200, help="of timing, for speed")
+    parser.add_argument("--rounds", type=int, default=31, help="of timing, for speed")
     parser.add_argument("--keep", type=Path, default=Path("factorized"), help="folder of models and artifacts")
     parser.add_argument("--out", type=Path, default=Path("low_rank"))
     arguments = parser.parse_args()

@@ -47,13 +47,27 @@ class Stepper:
 
 def layer_times(program: Program, inputs: dict[str, np.ndarray], rounds: int) -> list[dict[str, Any]]:
     """For each layer that runs code: name, op, shape, route, kernel, structure, predicted and measured microseconds."""
-    stepper = Stepper(program)
-    times = []
+    return layer_times_in_turns([program], [inputs], rounds)[0]
+
+
+def layer_times_in_turns(
+    programs: Sequence[Program], inputs: Sequence[dict[str, np.ndarray]], rounds: int
+) -> list[list[dict[str, Any]]]:
+    """The same of several programs: in each round each runs twice, the first time untimed."""
+    steppers = [Stepper(program) for program in programs]
+    times: list[list[list[float]]] = [[] for _ in programs]
     with pinned():
         for _ in range(rounds + 1):
-            stepper.feed(inputs)
-            times.append(stepper.inference())
-    medians = np.median(np.asarray(times[1:]), axis=0)
+            for stepper, given, own in zip(steppers, inputs, times, strict=True):
+                for _ in range(2):
+                    stepper.feed(given)
+                    found = stepper.inference()
+                own.append(found)
+    medians = (np.median(np.asarray(own[1:]), axis=0) for own in times)
+    return [_by_layer(program, own) for program, own in zip(programs, medians, strict=True)]
+
+
+def _by_layer(program: Program, medians: np.ndarray) -> list[dict[str, Any]]:
     owner = {node: i for i, layer in enumerate(program.layers) for node in layer.nodes}
     measured = [0.0] * len(program.layers)
     for step, median in zip(program.steps, medians, strict=True):
