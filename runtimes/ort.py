@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sparsec.errors import ModelError, RuntimeUnavailable
+from sparsec.ort_faults import left_out
 from sparsec.ports import InputSpec
 from sparsec.runtimes.base import Arrays, Compiled, Runtime, Session
 
@@ -40,7 +41,12 @@ class OrtSession(Session):
         self._where = where or (str(model) if not isinstance(model, bytes) else "model")
         source = model if isinstance(model, bytes) else str(model)
         try:
-            self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(
+                source,
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=left_out(model) if optimize else [],
+            )
         except Exception as error:  # pybind classes without a common base
             raise ModelError(f"ONNX Runtime does not load it: {_line(error)}", self._where) from error
         self._outputs = [output.name for output in self._session.get_outputs()]

@@ -24,6 +24,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from sparsec.errors import ModelError, one_line
+from sparsec.ort_faults import left_out
 
 BATCH = 16  # samples a call: enough to fill a matrix product, few enough for the widest activation
 SAME = 1e-3  # of the largest value: batching reorders sums, a wrong batching gives other numbers altogether
@@ -189,7 +190,9 @@ def _session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry(*FLOAT_ACTIVATIONS)
     try:
-        return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            proto.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=left_out(proto)
+        )
     except Exception as error:  # pybind classes without a common base
         raise ModelError(
             f"ONNX Runtime does not load a piece of the model: {one_line(error, 200)}", ", ".join(ends)

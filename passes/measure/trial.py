@@ -20,6 +20,7 @@ from onnx import numpy_helper
 
 from sparsec.data import load_data
 from sparsec.errors import DataError
+from sparsec.ort_faults import left_out
 from sparsec.passes.layers import WeightedLayer
 from sparsec.passes.measure.fidelity import Fidelity
 from sparsec.passes.measure.segments import FLOAT_ACTIVATIONS, processors
@@ -43,7 +44,9 @@ def fast_session(proto: onnx.ModelProto) -> ort.InferenceSession:
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.add_session_config_entry(*FLOAT_ACTIVATIONS)
-    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=left_out(proto)
+    )
 
 
 def in_parallel(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
