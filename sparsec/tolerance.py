@@ -59,18 +59,20 @@ def derive_tolerance(model: onnx_ir.Model) -> float:
     return SIGMAS * UNIT_ROUNDOFF * math.sqrt(2 * max(count, 1))
 
 
-def derive_half_tolerance(model: onnx_ir.Model) -> float:
+def derive_half_tolerance(model: onnx_ir.Model, wide_sums: bool = False) -> float:
     """Relative error that a correct float16 implementation of `model` may have against float32, which is exact beside it.
 
     A rounding is off by at most u = 2^-11 of the sum so far, u / sqrt(3) in the root mean square. A sum of k products
     is made of sums of CHAIN products: min(k, CHAIN) roundings of a part each and k / CHAIN of parts put together. The
     weights and the result are rounded once each. Library functions, softmax and normalizations are float32 inside.
-    Errors of layers add up, times 4 (standard deviations).
+    wide_sums: sums are float32 too, which is exact beside the rest, as tensor cores have them. Errors of layers add up,
+    times 4 (standard deviations).
     """
     count = 0.0
     for node in model.graph:
         length = 0 if node.op_type in _FUNCTIONS else roundings(node)
-        count += 0 if node.op_type in _ERROR_FREE else min(length, CHAIN) + length / CHAIN + 2
+        within = 0.0 if wide_sums else min(length, CHAIN) + length / CHAIN
+        count += 0 if node.op_type in _ERROR_FREE else within + 2
     return SIGMAS * HALF_ROUNDOFF * math.sqrt(max(count, 1) / 3)
 
 
@@ -112,7 +114,7 @@ def _is_half(value: onnx_ir.Value) -> bool:
 def tolerances(model: onnx_ir.Model, target: Target) -> dict[str, float]:
     """The relative tolerance of each output for `target` and its precision; integer outputs must be equal."""
     if target.precision == "f16":
-        value = half = derive_half_tolerance(model)
+        value = half = derive_half_tolerance(model, target.gpu is not None)
     else:
         value, half = min(derive_tolerance(model), CEILING[target.arch]), derive_stored_half_tolerance(model)
     halves = behind_half(model.graph.outputs)
