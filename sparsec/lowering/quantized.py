@@ -108,17 +108,36 @@ def weight(value: ir.Value | None, axis: int) -> Weight | str:
 def bias(value: ir.Value | None, scale: np.ndarray) -> np.ndarray | str | None:
     """A bias as int32 in units of `scale` [OC], None where there is none, or why it cannot be had.
 
-    A bias in float is rounded: half a unit of a sum of products is nothing beside the rounding of the result.
+    A bias in float is rounded: half a unit of a sum of products is nothing beside the rounding of the result. Where the
+    result is not rounded, ask `unrounded`.
     """
     if value is None:
         return None
     found = constant(value)
     if found is None:
         return "its bias is computed, not constant"
-    units = np.rint(found.reshape(-1).astype(np.float64) / scale.astype(np.float64))
+    if (found.size != 1 and found.shape[-1:] != (scale.size,)) or found.size not in (1, scale.size):
+        return "its bias is not one vector along the channels"
+    units = np.rint(_units(found, scale))
     if np.abs(units).max(initial=0) >= 1 << 31:
         return f"its bias is {np.abs(units).max():.3g} times the product of its scales: more than 32 bits"
     return units.astype(np.int64)
+
+
+def unrounded(value: ir.Value | None, scale: np.ndarray, steps: Requantize) -> str:
+    """Why a bias cannot be rounded to units of `scale` in front of `steps`; empty where it can."""
+    found = constant(value) if steps.y is None else None
+    if found is None:
+        return ""
+    units = _units(found, scale)
+    whole = np.abs(units - np.rint(units)) <= 2.0**-22 * np.maximum(
+        np.abs(units), 1
+    )  # of int32, dequantized in float32
+    return "" if whole.all() else "its bias and its result are in float"
+
+
+def _units(array: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return array.reshape(-1).astype(np.float64) / scale.astype(np.float64)
 
 
 def _quantize_behind(value: ir.Value, taken: Set[ir.Node]) -> tuple[ir.Node, QuantType] | None:

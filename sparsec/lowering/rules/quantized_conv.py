@@ -14,7 +14,17 @@ from sparsec.kernels.conv import Geometry, gathered, int8, paired
 from sparsec.kernels.quantized import QuantType, Requantize, correction
 from sparsec.lowering.calls import Calls
 from sparsec.lowering.prices import SPARSE_FROM, Bound, Prices, Way, choose
-from sparsec.lowering.quantized import QuantGroup, Source, bias, fuse_quantized, read_past, source, trial_scale, weight
+from sparsec.lowering.quantized import (
+    QuantGroup,
+    Source,
+    bias,
+    fuse_quantized,
+    read_past,
+    source,
+    trial_scale,
+    unrounded,
+    weight,
+)
 from sparsec.lowering.rules.base import Context, Taken, declare, emit_simple, node_names, record
 from sparsec.lowering.rules.convolution import ConvNode, read_window
 from sparsec.lowering.rules.quantized_product import bind_quantized_product
@@ -74,7 +84,8 @@ def take_quantized_conv(node: ir.Node, context: Context) -> Taken | str | None:
     read = read_window(node, w.integers)
     if isinstance(read, str):
         return read
-    units = bias(node.inputs[2] if len(node.inputs) > 2 else None, np.float32(x.type.scale) * w.scale)
+    offset, unit = node.inputs[2] if len(node.inputs) > 2 else None, np.float32(x.type.scale) * w.scale
+    units = bias(offset, unit)
     if isinstance(units, str):
         return units
     machine = context.machine.single()
@@ -88,6 +99,8 @@ def take_quantized_conv(node: ir.Node, context: Context) -> Taken | str | None:
         if refused is not None:
             return refused
     group = fuse_quantized(node, context.taken, through=read_past(node))
+    if refused := unrounded(offset, unit, group.steps):
+        return refused
     if read.groups > 1:
         call = depthwise_int8.bind(
             machine, x_shape=read.x_shape, w=read.w, bias=units, x=x.type, w_scale=w.scale, steps=group.steps, **shape

@@ -20,6 +20,7 @@ from sparsec.lowering.quantized import (
     read_past,
     source,
     trial_scale,
+    unrounded,
     weight,
 )  # fmt: skip
 from sparsec.lowering.rules.base import Context, Taken, emit_simple
@@ -43,11 +44,10 @@ def take_quantized_product(node: ir.Node, context: Context) -> Taken | str | Non
             return "its left side is transposed or it is scaled"
     else:
         added, offset = _bias_behind(node, context)
-    units = bias(offset, np.float32(x.type.scale) * found.scale)
+    unit = np.float32(x.type.scale) * found.scale
+    units = bias(offset, unit)
     if isinstance(units, str):
         return units
-    if units is not None and units.size not in (1, w.shape[0]):
-        return "its C is not one vector along the columns"
     if units is not None:
         units = np.broadcast_to(units, (w.shape[0],))
     try:
@@ -56,6 +56,8 @@ def take_quantized_product(node: ir.Node, context: Context) -> Taken | str | Non
         return str(error)
     through = read_past(node) + (read_past(added) if added is not None else ())
     group = fuse_quantized(node, context.taken, through=through, added=added)
+    if refused := unrounded(offset, unit, group.steps):
+        return refused
     m = int(np.prod(dims(x.value)[:-1], dtype=np.int64))
     return bind_quantized_product(group, context, x, m, w, found.scale, units)
 
