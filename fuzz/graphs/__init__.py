@@ -49,15 +49,21 @@ def batch(
     """The models of one seed."""
 
     def check(drawn: Drawn) -> None:
+        name = f"graphs-{start}"
+        if keep is not None:  # before: what ends the process leaves no trace
+            keep.mkdir(parents=True, exist_ok=True)
+            (keep / f"{name}.onnx").write_bytes(drawn.model.SerializeToString())
+            (keep / f"{name}.txt").write_text(f"passes {drawn.passes}\n")
         try:
             compare(drawn.model, drawn.passes, counts)
         except Exception:
             if keep is not None:
-                keep.mkdir(parents=True, exist_ok=True)
-                (keep / f"graphs-{start}.onnx").write_bytes(drawn.model.SerializeToString())
                 text = f"passes {drawn.passes}\n{onnx.printer.to_text(drawn.model)}\n{traceback.format_exc()}"
-                (keep / f"graphs-{start}.txt").write_text(text)
+                (keep / f"{name}.txt").write_text(text)
             raise
+        if keep is not None:
+            for kind in ("onnx", "txt"):
+                (keep / f"{name}.{kind}").unlink()
         counts["graphs"] += drawn.graphs
         counts["models"] += 1
         counts["nodes"] += len(drawn.model.graph.node)
