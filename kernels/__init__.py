@@ -28,6 +28,16 @@ FAMILIES = (
     "quantize_int8",
     "lookup_int8",
     "normalize",
+    "cuda.gemm",
+    "cuda.gemv",
+    "cuda.conv",
+    "cuda.depthwise",
+    "cuda.pool",
+    "cuda.normalize",
+    "cuda.block_sparse",
+    "cuda.vectorwise",
+    "cuda.two_four",
+    "cuda.group_matvec",
 )
 
 

@@ -63,7 +63,7 @@ CONV_TABLE = tuple(form for form in TABLE if form.op == "Conv")
 # Tiles of a product are [rows of x][outputs], of a convolution [output channels][pixels].
 GEMM_TILES: dict[str, tuple[Tile, ...]] = {
     "float16": (
-        TensorTile(128, 128, 32, (2, 2), 3), TensorTile(64, 128, 32, (2, 2), 4), TensorTile(32, 128, 64, (1, 4), 2),
+        TensorTile(128, 128, 32, (2, 4), 3), TensorTile(64, 128, 32, (2, 2), 4), TensorTile(32, 128, 64, (1, 4), 2),
         TensorTile(256, 64, 32, (4, 2), 2), TensorTile(128, 64, 32, (2, 2), 4), TensorTile(32, 64, 64, (2, 2), 4),
         TensorTile(256, 32, 32, (8, 1), 2), TensorTile(128, 32, 32, (4, 1), 4), TensorTile(32, 32, 64, (2, 1), 4),
     ),
@@ -87,7 +87,7 @@ PICK_TILES: dict[str, tuple[Tile, ...]] = {  # single columns wait in registers
 }  # fmt: skip
 CONV_TILES: dict[str, tuple[Tile, ...]] = {
     "float16": (
-        TensorTile(128, 128, 32, (2, 2), 3), TensorTile(128, 64, 32, (2, 2), 4),
+        TensorTile(128, 128, 32, (2, 4), 3), TensorTile(128, 64, 32, (2, 2), 4),
         TensorTile(64, 128, 32, (2, 2), 4), TensorTile(64, 64, 32, (2, 2), 4),
         TensorTile(32, 256, 32, (1, 4), 2), TensorTile(32, 128, 32, (1, 4), 4), TensorTile(32, 64, 64, (2, 2), 3),
         TensorTile(16, 128, 32, (1, 4), 4), TensorTile(16, 64, 64, (1, 2), 4),
@@ -105,7 +105,7 @@ GATHER_TILES: tuple[TensorTile, ...] = (
     TensorTile(32, 128, 32, (1, 4), 4), TensorTile(32, 64, 32, (1, 2), 4),
     TensorTile(16, 128, 32, (1, 4), 4), TensorTile(16, 64, 32, (1, 2), 4),
 )  # fmt: skip
-MOST_KINDS = 4096  # different rows that are gathered by likeness
+MOST_LIKENESS = 5e8  # comparisons of rows, each as long as its columns, for gathering like ones
 GATHER = {"float16": 4.0, "float32": 10.0}  # instructions of a thread for one element that it gathers
 
 
@@ -200,7 +200,7 @@ def like_rows(units: np.ndarray, height: int) -> np.ndarray | None:
     n = units.shape[0]
     same, inverse = np.unique(units, axis=0, return_inverse=True)
     members = [list(np.flatnonzero(inverse.reshape(-1) == i)) for i in range(same.shape[0])]
-    if n <= height or same.shape[0] > MOST_KINDS:
+    if n <= height or float(same.shape[0]) ** 2 * same.shape[1] > MOST_LIKENESS:
         return None
     left, sizes = same.astype(np.float32), same.sum(axis=1)
     free = np.ones(same.shape[0], bool)

@@ -74,6 +74,9 @@ class Tiling:
     splits: int
     warps: int
 
+    def __str__(self) -> str:
+        return f"{self.bands} bands" + (f" in {self.splits} parts" if self.splits > 1 else "")
+
 
 @dataclass(frozen=True)
 class Packed:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from sparsec.lowering.rules.base import Context, Rule, Taken
 from sparsec.lowering.rules.convolution import take_conv
 from sparsec.lowering.rules.cuda_dense import DENSE_RULES
+from sparsec.lowering.rules.cuda_sparse import SPARSE_RULES
 from sparsec.lowering.rules.elementwise import take_activation, take_binary
 from sparsec.lowering.rules.normalization import take_layernorm, take_softmax
 from sparsec.lowering.rules.pooling import take_global_pool, take_pool
@@ -57,6 +58,7 @@ CUDA_RULES: tuple[Rule, ...] = (
     take_view,
     take_split,
     take_concat,
+    *SPARSE_RULES,
     *DENSE_RULES,
 )
 
