@@ -37,7 +37,7 @@ def network(zeros: float = 0.0):
     return made
 
 
-@pytest.mark.parametrize("target", ["host", "arm"])
+@pytest.mark.parametrize("target", ["host", "arm", "cuda"])
 @pytest.mark.parametrize("zeros", [0.0, 0.8])
 def test_the_price_is_what_lowering_predicts(target: str, zeros: float) -> None:
     made, machine = network(zeros), find_target(target)
