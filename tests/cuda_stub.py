@@ -43,13 +43,14 @@ def without_driver() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def emulation_of_what_is_compiled(path: Path) -> Iterator[None]:
-    """What is compiled for CUDA inside becomes, as the same text, the emulation `path` too."""
+def emulation_of_what_is_compiled(folder: Path) -> Iterator[list[Path]]:
+    """What is compiled for CUDA inside becomes, as the same texts, libraries in `folder`: in the list when it ends."""
     from cuda_emulator import build_emulation
 
     from sparsec.cuda import build
 
     texts: list[str] = []
+    libraries: list[Path] = []
     real = build.cuda_source
 
     def recorded(*arguments: Any) -> str:
@@ -58,9 +59,9 @@ def emulation_of_what_is_compiled(path: Path) -> Iterator[None]:
 
     build.cuda_source = recorded  # type: ignore[assignment]
     try:
-        yield
+        yield libraries
     finally:
         build.cuda_source = real
-    (text,) = texts
-    with tempfile.TemporaryDirectory() as work:
-        shutil.move(build_emulation(text, Path(work)), path)
+    for i, text in enumerate(texts):
+        with tempfile.TemporaryDirectory() as work:
+            libraries.append(Path(shutil.move(build_emulation(text, Path(work)), folder / f"emulation{i}.so")))

@@ -5,8 +5,8 @@
  * bytes. A handle that is not alive, another context than the object's, a copy beyond an allocation, a launch that the
  * device would refuse: each ends the process with a line that says so (`misuse`).
  *
- * Kernels are functions emulated_NAME of a library (cuda_emulator.py) named by stub_emulation or SPARSEC_STUB_EMULATION;
- * without one, launches are checked and do nothing. Other variables: SPARSEC_STUB_LOG a file for the calls' names,
+ * Kernels are functions emulated_NAME of libraries (cuda_emulator.py) that SPARSEC_STUB_EMULATION names, colons between;
+ * without them, launches are checked and do nothing. Other variables: SPARSEC_STUB_LOG a file for the calls' names,
  * SPARSEC_STUB_FAIL the number of a call that fails, SPARSEC_STUB_SET names of properties with a comma between.
  */
 #define _GNU_SOURCE
@@ -76,7 +76,8 @@ static _Thread_local int depth;
 static long calls, fail_at = -1;     /* calls so far; the one that fails, or -1 */
 static int fail_code = 999, failed, started, order;
 static char properties[256];
-static void *emulation;
+static void *emulations[32];
+static int emulations_count;
 static char *journal;
 static size_t journal_bytes, journal_room;
 
@@ -108,11 +109,6 @@ EXPORT int stub_live(void) {
 }
 EXPORT const char *stub_journal(void) { return journal ? journal : ""; }
 EXPORT void stub_forget(void) { journal_bytes = 0; if (journal) *journal = 0; }
-EXPORT int stub_emulation(const char *path) {
-    emulation = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    if (!emulation) fprintf(stderr, "stub driver: %s\n", dlerror());
-    return emulation != NULL;
-}
 
 static int has(const char *property) {
     const char *at = strstr(properties, property);
@@ -124,7 +120,14 @@ __attribute__((constructor)) static void begin(void) {
     const char *value;
     if ((value = getenv("SPARSEC_STUB_SET"))) stub_set(value);
     if ((value = getenv("SPARSEC_STUB_FAIL"))) fail_at = atol(value);
-    if ((value = getenv("SPARSEC_STUB_EMULATION")) && !stub_emulation(value)) abort();
+    if (!(value = getenv("SPARSEC_STUB_EMULATION"))) return;
+    char *paths = strdup(value), *rest = paths, *path;
+    while ((path = strsep(&rest, ":"))) {
+        void *library = emulations_count < 32 ? dlopen(path, RTLD_NOW | RTLD_LOCAL) : NULL;
+        if (!library) misuse("%s", dlerror());
+        emulations[emulations_count++] = library;
+    }
+    free(paths);
 }
 
 __attribute__((destructor)) static void end(void) {
@@ -455,14 +458,13 @@ EXPORT int cuModuleGetFunction(object **function, object *module, const char *na
     object *o = make(FUNCTION, m->context);
     o->base = m;
     o->image = strdup(name);
-    if (emulation) {
+    for (int i = 0; i < emulations_count && !o->body; i++) {
         snprintf(text, sizeof text, "emulated_%s", name);
-        *(void **)&o->body = dlsym(emulation, text);
+        *(void **)&o->body = dlsym(emulations[i], text);
         snprintf(text, sizeof text, "arguments_%s", name);
-        const int *arguments = dlsym(emulation, text);
-        if (!o->body || !arguments) misuse("the emulation has no %s", text);
-        o->arguments = *arguments;
+        if (o->body) o->arguments = *(const int *)dlsym(emulations[i], text);
     }
+    if (emulations_count && !o->body) misuse("the emulation has no %s", name);
     *function = o;
     return leave(SUCCESS);
 }
@@ -496,11 +498,21 @@ static object *memory_at(uintptr_t address, enum kind kind) {
     }
     misuse("unknown %s is freed", KINDS[kind]);
 }
+static int inside(const void *address, const object *memory) {
+    return (uintptr_t)address - (uintptr_t)memory->memory < memory->bytes;
+}
+static int uses(const op *o, const object *memory) {
+    int found = o->what == COPY && (inside(o->to, memory) || inside(o->from, memory));
+    for (int i = 0; i < ARGUMENTS && o->what == LAUNCH; i++) found |= inside(o->arguments[i], memory);
+    return found;
+}
 EXPORT int cuMemFree_v2(unsigned long long memory) {
     WORK("cuMemFree_v2");
     object *o = memory_at((uintptr_t)memory, DEVICE_MEMORY);
     for (object *s = objects; s; s = s->next) {
-        if (s->kind == STREAM && s->first) misuse("device memory is freed while a stream has work");
+        for (const op *w = s->kind == STREAM ? s->first : NULL; w; w = w->next) {
+            if (uses(w, o)) misuse("device memory is freed while a stream has work on it");
+        }
     }
     drop(o);
     return leave(fails);

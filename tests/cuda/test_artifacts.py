@@ -34,9 +34,9 @@ float[10,16] w4, float[10] wb4) => (float[1,10] y) {
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory) -> Path:
-    """The folder of net.sparsec and emulation.so."""
+    """The folder of net.sparsec and emulation0.so."""
     folder = tmp_path_factory.mktemp("artifact")
-    with emulation_of_what_is_compiled(folder / "emulation.so"):
+    with emulation_of_what_is_compiled(folder):
         made = sparsec.compile(
             programs.parse(NET), target="cuda", arch="sm_90", host=host_arch(), output=folder / "net.sparsec"
         )
@@ -69,7 +69,7 @@ def use(folder: Path, runtime: str = "cuda", **settings: str | Path) -> subproce
 
 
 def test_agrees_with_onnx_runtime(artifact):
-    done = use(artifact, "cuda:1", emulation=artifact / "emulation.so")
+    done = use(artifact, "cuda:1", emulation=artifact / "emulation0.so")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["passed"]
@@ -91,7 +91,7 @@ def test_a_device_that_computes_nothing_does_not_pass(artifact):
     ("runtime", "said"), [("cuda:7", "CUDA_ERROR_INVALID_DEVICE"), ("cuda:x", "number of a device")]
 )
 def test_a_device_that_is_not_there(artifact, runtime, said):
-    done = use(artifact, runtime, emulation=artifact / "emulation.so")
+    done = use(artifact, runtime, emulation=artifact / "emulation0.so")
     assert done.returncode == 1
     assert said in done.stderr.splitlines()[-1]
 
