@@ -252,14 +252,18 @@ class Runs(_Gathered):
                 index, inside = pixels.at(tap)
                 index = T.bind(index + first * self.plane)
                 inside = T.bind(tirx.all(inside, tap < self.shape.taps))
+                at = i * EACH + part * run
+                if channels % run == 0 or channels < run:
+                    name = f"sparsec_gather<{min(run, channels)}, {self.plane}>"
+                    exists = T.if_then_else(inside, 1, 0)
+                    emit.call(name, emit.address(self.held, at), emit.address(self.memory, index), exists)
+                    for c in range(channels, run):
+                        T.buffer_store(self.held, T.float16(0), [at + c])
+                    continue
                 for c in range(run):
-                    at = i * EACH + part * run + c
-                    if channels < run and c >= channels:
-                        T.buffer_store(self.held, T.float16(0), [at])
-                        continue
-                    exists = inside if channels % run == 0 or channels < run else tirx.all(inside, first + c < channels)
-                    loaded = self.memory[index + c * self.plane]
-                    T.buffer_store(self.held, T.if_then_else(exists, loaded, T.float16(0)), [at])
+                    exists = T.if_then_else(tirx.all(inside, first + c < channels), 1, 0)
+                    source = emit.address(self.memory, index + c * self.plane)
+                    emit.call("sparsec_load_if", emit.address(self.held, at + c), source, exists)
 
     def settle(self, shared: Any, slot: Any) -> None:
         """Store them as chunks."""
@@ -349,7 +353,7 @@ def bind(
         channel = T.bind(group * shape.w[1]) if shape.groups > 1 else 0
         base = group * (rows * deep) + part * (steps * tile.depth)
         left = operands.matrix(base, deep, deep, gpu.item, first[0], rows, tile.depth, True)
-        a = operands.Chunks(tile.left(), named["weights"], left, 16, tile.threads, thread)
+        a = operands.Chunks(tile.left(), named["weights"], left, 16, tile.threads, thread, packed=True)
         place = tile.right(turned)
         b: operands.Operand
         if direct:

@@ -105,7 +105,7 @@ def bind(
         if any(shape.pads) or (ow - 1) * sw + (kw_count - 1) * dw >= width:
             beside = [T.bind(tirx.all(left + kw * dw >= 0, left + kw * dw < width)) for kw in range(kw_count)]
         rows = sorted({r * sh + kh * dh for r in range(strip) for kh in range(kh_count)})
-        value = emit.local(1)
+        value = emit.local(1, gpu.element)
         for row in rows:
             y_in = T.bind(top + row)
             inside = T.bind(tirx.all(y_in >= 0, y_in < height))
@@ -114,10 +114,11 @@ def bind(
             users = [(r, down // dh) for r, down in offsets if down % dh == 0 and 0 <= down <= (kh_count - 1) * dh]
             for kw in range(kw_count):
                 exists = inside if beside[kw] is None else tirx.all(inside, beside[kw])
-                loaded = T.if_then_else(exists, x[start + kw * dw], tirx.const(0, gpu.element))
-                T.buffer_store(value, tir.convert(loaded, "float32"), [0])
+                loaded = emit.address(x, start + kw * dw)
+                emit.call("sparsec_load_if", emit.address(value, 0), loaded, T.if_then_else(exists, 1, 0))
                 for r, kh in users:
-                    T.buffer_store(sums, sums[r] + value[0] * weights[at + kh * kw_count + kw], [r])
+                    term = tir.convert(value[0], "float32") * weights[at + kh * kw_count + kw]
+                    T.buffer_store(sums, sums[r] + term, [r])
         out = T.bind(plane * (oh * ow) + first * ow + ox)
         for r in range(strip):
             if oh % strip:

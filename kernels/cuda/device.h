@@ -67,6 +67,18 @@ static __device__ __forceinline__ void sparsec_ldmatrix4_trans(void *r, const vo
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(sparsec_shared_address(row)) : "memory");
 }
 
+/* An element that no thread writes while the kernel runs, or zero: one load with a predicate, no branch. */
+static __device__ __forceinline__ void sparsec_load_if(half *to, const half *from, int exists) {
+    unsigned short value;
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\nmov.b16 %0, 0;\n@p ld.global.nc.b16 %0, [%1];\n}"
+                 : "=h"(value) : "l"(from), "r"(exists));
+    *to = __ushort_as_half(value);
+}
+static __device__ __forceinline__ void sparsec_load_if(float *to, const float *from, int exists) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\nmov.b32 %0, 0f00000000;\n@p ld.global.nc.f32 %0, [%1];\n}"
+                 : "=f"(*to) : "l"(from), "r"(exists));
+}
+
 /* Shared memory that a launch makes room for. */
 extern __shared__ __align__(128) unsigned char sparsec_room[];
 
@@ -77,7 +89,7 @@ static __device__ __forceinline__ void *sparsec_room_at(int at) { return sparsec
 
 /* 16 bytes from global to shared memory: the first `valid` bytes (0..16, whole elements), the others zero; asynchronous
    where it can be. UNIT: bytes that `from` is a multiple of if its buffer begins so; if it does not, elements of ITEM
-   bytes are copied. Visible after sparsec_commit, sparsec_wait and a barrier. */
+   bytes are copied; ITEM is UNIT where it does. Visible after sparsec_commit, sparsec_wait and a barrier. */
 template <int UNIT, int ITEM> static __device__ __forceinline__ void sparsec_copy16(void *to, const void *from, int valid) {
     if (UNIT >= 4 && (UNIT == ITEM || ((size_t)from & (UNIT - 1)) == 0 || valid == 0)) {
 #pragma unroll
@@ -93,6 +105,12 @@ template <int UNIT, int ITEM> static __device__ __forceinline__ void sparsec_cop
 #pragma unroll
         for (int i = 0; i < 8; i++) ((unsigned short *)to)[i] = 2 * i < valid ? ((const unsigned short *)from)[i] : (unsigned short)0;
     }
+}
+
+/* COUNT elements that lie STRIDE apart, or zeros. */
+template <int COUNT, int STRIDE> static __device__ __forceinline__ void sparsec_gather(half *to, const half *from, int exists) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) sparsec_load_if(to + i, from + i * STRIDE, exists);
 }
 
 /* 4 bytes from global to shared memory, asynchronous; zero unless `valid`. */

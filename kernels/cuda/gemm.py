@@ -230,7 +230,7 @@ def bind(
             source = operands.across(
                 start * pitch, pitch, deep, gpu.item, first[1], wide * tile.columns, tile.depth, True
             )
-        b = operands.Chunks(tile.right(turned), named["weights"], source, 16, tile.threads, thread)
+        b = operands.Chunks(tile.right(turned), named["weights"], source, 16, tile.threads, thread, packed=True)
         if split:
             store = RowStore(m, n, first, part * (m * n), named["parts"], whole=full, in_row=True)
         else:

@@ -63,18 +63,22 @@ class Chunks:
     """An operand whose chunks lie in one piece in global memory.
 
     `source(step, row, chunk)`: the first element's index and how many of the chunk's elements exist (others are zero).
-    `unit`: bytes that every chunk's address is a multiple of where the buffer's is.
+    `unit`: bytes that every chunk's address is a multiple of where the buffer's is. `packed`: the buffer is a constant,
+    whose address is a multiple of a chunk.
     """
 
-    def __init__(self, placement: Placement, memory: Any, source: Source, unit: int, threads: int, thread: Any) -> None:
+    def __init__(
+        self, placement: Placement, memory: Any, source: Source, unit: int, threads: int, thread: Any,
+        packed: bool = False,
+    ) -> None:  # fmt: skip
         self.placement, self.memory, self.source = placement, memory, source
-        self.unit, self.threads, self.thread = unit, threads, thread
+        self.unit, self.threads, self.thread, self.packed = unit, threads, thread, packed
 
     def issue(self, step: Any, shared: Any, slot: Any) -> None:
         """Start the loads of `step`."""
         place = self.placement
         total = place.rows * place.chunks
-        name = f"sparsec_copy16<{self.unit}, {place.item}>"
+        name = f"sparsec_copy16<{self.unit}, {self.unit if self.packed else place.item}>"
         for first in range(0, total, self.threads):
             index = self.thread + first
 

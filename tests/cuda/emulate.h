@@ -338,6 +338,8 @@ template <int SELECTOR> static void sparsec_mma_sparse(float *d, const void *a, 
     }
 }
 
+template <class T> static void sparsec_load_if(T *to, const T *from, int exists) { *to = exists ? *from : T(0); }
+
 __shared__ alignas(128) unsigned char sparsec_room[227 << 10];
 
 /* Asynchronous copies arrive as late as they may: when the thread waits for their group. */

@@ -37,9 +37,9 @@ def padded(n, c, h, w, oc, k, stride=1, groups=1, dilation=1):
 
 
 def gathered(element):
-    """3x3 on every tile: one step of the depth and several, whole and ragged."""
+    """3x3 on every tile, ragged."""
     tiles = conv.tiles_of(padded(1, 8, 8, 8, 8, 3), element)
-    return [layer(element, padded(1, 12, 9, 11, tile.rows + 5, 3), Plan(tile), activation=RELU6) for tile in tiles]
+    return [layer(element, padded(1, 5, 9, 9, tile.rows - 3, 3), Plan(tile), activation=RELU6) for tile in tiles]
 
 
 def direct(element):
