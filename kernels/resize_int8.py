@@ -49,6 +49,11 @@ class Taps:
         """Weights in fixed point: int32."""
         return np.rint(np.asarray(self.weight, np.float64) * ONE).astype(np.int32)
 
+    @property
+    def exact(self) -> bool:
+        """Whether fixed point holds the weights as they are."""
+        return bool(np.all(self.fixed == np.asarray(self.weight, np.float64) * ONE))
+
     def packed(self, pitch: int) -> np.ndarray:
         """low * pitch, high * pitch, weights: int32 [3, outputs]."""
         return np.stack([self.low * pitch, self.high * pitch, self.fixed]).astype(np.int32)

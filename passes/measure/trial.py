@@ -104,7 +104,7 @@ class Part:
         self.inputs: tuple[str, ...] = tuple(n for n in read if n not in changed and n not in constants)
         self._outside = {name for node in outside for name in node.input} & constants
         self.outputs: tuple[int, ...] = tuple(i for i, y in enumerate(graph.output) if y.name in changed)
-        known = {v.name: v for v in (*graph.value_info, *graph.input)}
+        known = {v.name: v for v in (*graph.value_info, *graph.input, *graph.output)}  # an output may be read too
         self._proto = onnx.ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import)
         self._proto.graph.name = graph.name
         self._proto.graph.node.extend(inside)

@@ -203,6 +203,17 @@ def test_linear_resize(mode, scales):
             assert off["r"].max() <= 1 and np.mean(off["r"] > 0) < 0.05
 
 
+@pytest.mark.parametrize(("mode", "fixed"), [("half_pixel", True), ("align_corners", False)])
+def test_a_linear_resize_to_floats_is_as_near_as_floats_are(mode, fixed):
+    """Weights of quarters fit into fixed point, elevenths do not; where no step of the result hides it, floats are used."""
+    nodes = f"x = D(q, s, z)  r = Resize<mode='linear', coordinate_transformation_mode='{mode}'>(x, none, twice)"
+    model = moved(nodes, "float[2, 6, 12, 20] r")
+    program, feeds = lower(load_model(model), find_target("host")), feeds_of(model)
+    expected = onnx_runtime(model.SerializeToString(), feeds)["r"]
+    np.testing.assert_allclose(run_program(program, feeds)["r"], expected, rtol=0, atol=1e-5)
+    assert [op for op, _ in kernels(program)] == ["Resize"] if fixed else program.layers[-1].route == "generic"
+
+
 @pytest.mark.parametrize(
     "nodes",
     [

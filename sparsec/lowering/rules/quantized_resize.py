@@ -114,6 +114,8 @@ def take_quantized_resize(node: ir.Node, context: Context) -> Taken | str | None
         return found
     (rows, columns), shape = found, dims(x.value)
     group = fuse_quantized(node, context.taken, through=read_past(node), residual=False)
+    if group.steps.y is None and not (rows.exact and columns.exact):
+        return "its result is in float, its weights are not exact in fixed point"
     planes = int(np.prod(shape[:-2], dtype=np.int64))
     call = resize_int8.bind(
         context.machine, planes=planes, height=shape[-2], width=shape[-1], rows=rows, columns=columns, x=x.type,

@@ -102,6 +102,16 @@ def test_a_part_holds_what_depends_on_the_weight_and_reads_the_rest() -> None:
     np.testing.assert_allclose(part.run({}, values)[0], outputs(made, samples)[0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_part_may_read_what_is_an_output_too(model) -> None:
+    made = model(
+        "g (float[2,4] x) => (float[2,4] r, float[2,4] y) { r = Relu(x) y = MatMul(r, w) }", w=np.eye(4, dtype="f4")
+    )
+    part = Part(made, ["w"])
+    assert (part.inputs, part.outputs) == (("r",), (1,))
+    x = np.arange(-3, 5, dtype=np.float32).reshape(2, 4)
+    np.testing.assert_array_equal(part.run({"w": 2 * np.eye(4, dtype="f4")}, [{"r": x}])[0][0], 2 * x)
+
+
 def test_continues_from_the_journal_and_ends_the_same(tmp_path) -> None:
     made, samples = network(), data()
     expected = sensitivity(made, chosen(made), by_magnitude, samples, LEVELS)
