@@ -123,7 +123,8 @@ def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 def to_working_opset(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
     """`proto` at `OPSET`. Raises UnsupportedError that names every node in the way."""
     versions = [o.version for o in proto.opset_import if o.domain in STANDARD_DOMAINS]
-    version = max(versions, default=1)
+    standard = any(node.domain in STANDARD_DOMAINS for node in all_nodes(proto.graph))
+    version = max(versions, default=1 if standard else OPSET)
     if version == 8 and any(node.op_type == "Scan" for node in all_nodes(proto.graph)):
         raise UnsupportedError("Scan of opset 8 works on batches; export the model at opset 9 or later", where)
     if version < OPSET:

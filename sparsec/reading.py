@@ -26,6 +26,7 @@ from onnx import numpy_helper
 from sparsec.errors import ModelError, one_line
 from sparsec.external_data import Extent, ExternalFiles, tensor_bits, tensor_bytes, tensor_elements
 from sparsec.limits import DEFAULT, Limits
+from sparsec.node_order import sort_nodes
 
 LAZY_BYTES = 1 << 20  # external initializers from here on are mapped, not copied
 NAME_BYTES = 1 << 12  # of a name, a domain, an operator
@@ -88,6 +89,8 @@ def read_source(
         raise ModelError("the graph has no output", where)
     try:
         _count(model, where, limits)
+        for graph in (model.graph, *model.functions):
+            sort_nodes(graph)
         files = ExternalFiles(folder, where, limits, on_map)
         return _with_data(Source(model, where, files), limits, lazy)
     except UnicodeDecodeError as error:
