@@ -335,7 +335,7 @@ def _weights(place: Placement, values: Any, begin: Any, tile: Tile, thread: Any)
     def source(step: Any, row: Any, chunk: Any) -> tuple[Any, Any]:
         return (begin + step) * (place.rows * row_length) + row * row_length + chunk * each, each
 
-    return Chunks(place, values, source, CHUNK, tile.threads, thread)
+    return Chunks(place, values, source, CHUNK, tile.threads, thread, packed=True)
 
 
 def _constants(

@@ -25,6 +25,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from sparsec.kernels import emit as tir
@@ -327,12 +328,12 @@ class _Block:
         elif self.codes is None:
             T.buffer_store(self.place, (tile - self.low) // self.tall, [u])
 
-    def _row(self, u: int, tile: Any, half: int) -> tuple[Any, Any]:
-        """Of group g + 8 half: its output within the band, below 0 if there is none, and its slot or place."""
+    def _row(self, u: int, tile: Any, half: int) -> tuple[Any, Any, Any]:
+        """Of group g + 8 half: whether there is one, its output within the band, and its slot or place."""
         if self.codes is None:
-            return T.bind((tile - self.low) % self.tall * TALL + self.g + 8 * half), 0
+            return self.lane >= 0, T.bind((tile - self.low) % self.tall * TALL + self.g + 8 * half), 0
         code = T.bind(T.Cast("int32", self.codes[2 * u + half]))
-        return T.bind(T.if_then_else(code < 0, -1, code % SLOT)), T.bind(code // SLOT)
+        return code >= 0, code & (SLOT - 1), T.bind(code >> (SLOT.bit_length() - 1))
 
     def _add(self, row: Any, b: Any, value: Any) -> None:
         at = (self.warp * self.tallest + row) * self.m + b
@@ -350,10 +351,10 @@ class _Block:
         k, each = self.packed.shape[1], self.unit // 4
         start = T.bind(place * self.packed.group + first + self.t * each)
         count = each if k % self.packed.group == 0 else T.min(each, T.max(0, k - start))
-        where = T.if_then_else(wanted, b * k + T.min(start, k - 1), 0)
+        where = tirx.Select(wanted, b * k + T.min(start, k - 1), 0)
         emit.call(
             f"sparsec_read<{'half' if self.half else 'float'}, {each}>", emit.address(local, at),
-            emit.address(self.buffers["x"], where), T.if_then_else(wanted, count, 0),
+            emit.address(self.buffers["x"], where), tirx.Select(wanted, count, 0),
         )  # fmt: skip
 
     def _tensor(self, u: int, tile: Any) -> None:
@@ -363,11 +364,11 @@ class _Block:
         d = emit.local(4)
         for i in range(4):
             T.buffer_store(d, T.float32(0), [i])
-        b = self.g % columns
-        wanted = tir_all(self.place[u] >= 0, b < m) if packed.places is not None else b < m
+        b, place = self.g % columns, T.bind(self.place[u])
+        wanted = T.bind(tir_all(place >= 0, b < m) if packed.places is not None else b < m)
         each = packed.bits // 4
         for first in range(0, packed.group, self.unit):
-            self._inputs(right, 0, b, self.place[u], first, wanted)
+            self._inputs(right, 0, b, place, first, wanted)
             for slab in range(self.unit // 16):
                 word = u * self.words + (first // 16 + slab) * each
                 centre = 2 * u if packed.centres is not None else 0
@@ -377,17 +378,17 @@ class _Block:
                 )  # fmt: skip
                 emit.call("sparsec_mma_f16", emit.address(d, 0), emit.address(left, 0), emit.address(right, 4 * slab))
         for half in range(2):
-            row, slot = self._row(u, tile, half)
+            there, row, slot = self._row(u, tile, half)
             scale = tir.convert(self.scales[2 * u + half], "float32")
             if columns == 1:
-                with T.If(tir_all(row >= 0, self.t == slot // 2)), T.Then():
-                    value = T.if_then_else(slot % 2 == 0, d[2 * half], d[2 * half + 1])
+                value = T.bind(tirx.Select(slot & 1 == 0, d[2 * half], d[2 * half + 1]))
+                with T.If(tir_all(there, self.t == slot >> 1)), T.Then():
                     self._add(row, 0, value * scale)
                 continue
             lanes = columns // 2  # that hold a place's columns
             for e in range(2):
                 b = T.bind(self.t % lanes * 2 + e)
-                inside = [row >= 0, self.t // lanes == slot] if packed.slots > 1 else [row >= 0]
+                inside = [there, self.t // lanes == slot] if packed.slots > 1 else [there]
                 with T.If(tir_all(*inside, b < m)), T.Then():
                     self._add(row, b, d[2 * half + e] * scale)
 
@@ -409,15 +410,15 @@ class _Block:
                         value = (self.held[at + register // 2] >> (16 * (register % 2) + 8 * (e % 2))) & 255
                     T.buffer_store(widened, T.Cast("float32", value - centre), [half * run + e])
             with T.serial(0, m) as b:
-                for half, (row, place) in enumerate(rows):
+                for half, (there, _, place) in enumerate(rows):
                     if own or half == 0:
-                        self._inputs(inputs, 0, b, place if own else self.place[u], first, row >= 0)
+                        self._inputs(inputs, 0, b, place if own else self.place[u], first, there)
                     T.buffer_store(totals, T.float32(0), [half])
                     for e in range(run):
                         T.buffer_store(totals, inputs[e] * widened[half * run + e] + totals[half], [half])
-                for half, (row, _) in enumerate(rows):
+                for half, (there, row, _) in enumerate(rows):
                     emit.call("sparsec_quad_sum", emit.address(totals, half))
-                    with T.If(tir_all(row >= 0, self.t == half)), T.Then():
+                    with T.If(tir_all(there, self.t == half)), T.Then():
                         self._add(row, b, totals[half] * self.scales[2 * u + half])
 
 

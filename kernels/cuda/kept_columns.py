@@ -94,9 +94,9 @@ class Picks:
             at = T.bind(self.first + row)
             start = T.bind(at * self.k)
             for c in range(self.each):
-                exists = tirx.all(words[c] >= 0, at < self.p)
-                value = T.if_then_else(exists, self.x[start + words[c]], tirx.const(0, self.dtype))
-                T.buffer_store(self.held, value, [i * self.each + c])
+                exists = T.Cast("int32", tirx.all(words[c] >= 0, at < self.p))
+                target = emit.address(self.held, i * self.each + c)
+                emit.call("sparsec_load_if", target, emit.address(self.x, start + words[c]), exists)
 
     def settle(self, shared: Any, slot: Any) -> None:
         """Store them as chunks."""
@@ -159,8 +159,8 @@ class Pixels(_Kept):
                 emit.call("sparsec_get<16>", emit.address(words, part), emit.address(self.words, at))
             for c in range(8):
                 index, inside = self.at(pixels, words[c])
-                value = T.if_then_else(inside, self.memory[index], T.float16(0))
-                T.buffer_store(self.held, value, [i * 8 + c])
+                target = emit.address(self.held, i * 8 + c)
+                emit.call("sparsec_load_if", target, emit.address(self.memory, index), T.Cast("int32", inside))
 
     def settle(self, shared: Any, slot: Any) -> None:
         """Store them as chunks."""
