@@ -83,12 +83,13 @@ static int load_module(sparsec_model *m) {
 static int find_functions(sparsec_model *m) {
     sparsec_driver *d = &m->driver;
     for (int32_t k = 0; k < sparsec_cuda.kernels_count; k++) {
-        int threads = 0; /* asked for, which loads the function now: it may not load while a stream is captured */
+        int threads = 0; /* functions load when they are first used, which may not be while a stream is captured */
         int code = SPARSEC_CALL(d, cuModuleGetFunction, &m->functions[k], m->module, sparsec_cuda.kernel_names[k]);
         if (!code) {
             code = SPARSEC_CALL(d, cuFuncGetAttribute, &threads, CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK,
                                 m->functions[k]);
         }
+        if (!code && d->cuFuncLoad) code = SPARSEC_CALL(d, cuFuncLoad, m->functions[k]);
         if (code) return code;
     }
     for (int32_t s = 0; s < sparsec_cuda.steps_count; s++) { /* beyond 48 KiB a function must be told */

@@ -49,6 +49,7 @@ int sparsec_driver_load(sparsec_driver *driver) {
 #undef X
 #define X(symbol, parameters) find(driver->library, #symbol, &driver->symbol);
     SPARSEC_DRIVER_GRAPHS(X)
+    SPARSEC_DRIVER_NEWER(X)
 #undef X
     return SPARSEC_CALL(driver, cuInit, 0);
 }

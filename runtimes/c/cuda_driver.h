@@ -69,6 +69,9 @@ enum {
     X(cuEventRecord, (CUevent event, CUstream stream))                                                        \
     X(cuEventElapsedTime, (float *milliseconds, CUevent begin, CUevent end))
 
+/* Loads a function now, since CUDA 12.4; an older driver does so when it is asked for an attribute. */
+#define SPARSEC_DRIVER_NEWER(X) X(cuFuncLoad, (CUfunction function))
+
 /* Functions without which steps are launched one by one. */
 #define SPARSEC_DRIVER_GRAPHS(X)                                                       \
     X(cuStreamBeginCapture_v2, (CUstream stream, int mode))                            \
@@ -83,6 +86,7 @@ typedef struct sparsec_driver {
 #define X(symbol, parameters) CUresult(*symbol) parameters;
     SPARSEC_DRIVER_NEEDED(X)
     SPARSEC_DRIVER_GRAPHS(X)
+    SPARSEC_DRIVER_NEWER(X)
 #undef X
     char *message; /* [message_bytes] of the caller, for the last failure; or null */
     size_t message_bytes;

@@ -483,6 +483,13 @@ EXPORT int cuFuncGetAttribute(int *value, int attribute, object *function) {
     return leave(SUCCESS);
 }
 
+EXPORT int cuFuncLoad(object *function) {
+    ENTER("cuFuncLoad");
+    unsafe("cuFuncLoad");
+    own(function, FUNCTION);
+    return leave(SUCCESS);
+}
+
 EXPORT int cuMemAlloc_v2(unsigned long long *memory, size_t bytes) {
     ENTER("cuMemAlloc_v2");
     unsafe("cuMemAlloc");

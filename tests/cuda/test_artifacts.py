@@ -13,6 +13,7 @@ import pytest
 from cuda_stub import emulation_of_what_is_compiled, environment, without_driver
 
 import sparsec
+from sparsec.errors import SparsecError
 from sparsec.targets import host_arch
 
 pytest.importorskip("nvidia.cuda_nvrtc", reason="needs NVIDIA's compiler library: pip install 'sparsec[cuda]'")
@@ -79,6 +80,30 @@ def test_agrees_with_onnx_runtime(artifact):
     assert timing["device"]["name"] == "stub device 1"
     assert timing["device"]["runs"] == timing["runs"] == 3
     assert timing["peak_bytes"] > 0
+
+
+FALLBACK = """net (float[4,8] x) => (float[4,8] y) {
+  axis = Constant <value = int64 {1}> ()
+  a = Relu(x)
+  b = CumSum(a, axis)
+  y = Exp(b)
+}"""
+
+
+def test_a_node_on_the_host(tmp_path):
+    """CumSum has no schedule for a GPU: it is refused, or the processor runs it between two launches."""
+    options = {"target": "cuda", "arch": "sm_90", "host": host_arch(), "output": tmp_path / "net.sparsec"}
+    with pytest.raises(SparsecError, match="CumSum"):
+        sparsec.compile(programs.parse(FALLBACK), **options)
+    with emulation_of_what_is_compiled(tmp_path) as libraries:
+        sparsec.compile(programs.parse(FALLBACK), allow_cpu_fallback=True, **options)
+    command = [sys.executable, "-c", USE.replace("(1, 3, 12, 12)", "(4, 8)"), str(tmp_path / "net.sparsec"), "cuda"]
+    env = environment(emulation=libraries[0])
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["passed"]
+    assert facts["error"] < 1e-6
 
 
 def test_a_device_that_computes_nothing_does_not_pass(artifact):
