@@ -210,10 +210,10 @@ def on_mask(goal: Objective, mask: np.ndarray) -> np.ndarray:
 
 
 def sparse_forms(shape: Shape, budget: float, pattern: Pattern) -> list[Form]:
-    """S alone with at most `budget` weights; N:M fixes the share."""
+    """S alone with at most `budget` weights; N:M fixes the share. Searched roughly, see `fine`."""
     size = float(np.prod(shape))
     density = 1 - pattern.share if pattern.keep else budget / size
-    return [Sparse(density, pattern)] if 0 < density < 1 and density * size <= budget * (1 + 1e-9) else []
+    return [Sparse(density, pattern, ROUGH)] if 0 < density < 1 and density * size <= budget * (1 + 1e-9) else []
 
 
 def mixed_forms(low: list[Form], shape: Shape, budget: float, pattern: Pattern) -> list[Form]:
