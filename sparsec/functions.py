@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx
-from onnx import helper
+from onnx import TensorProto, helper, numpy_helper
 
 
 def function_body(node: onnx.NodeProto, opset: int, types: Sequence[bytes] | None) -> list[onnx.NodeProto] | None:
@@ -40,7 +41,33 @@ def function_body(node: onnx.NodeProto, opset: int, types: Sequence[bytes] | Non
     names = dict(zip(body.output, node.output, strict=False))
     names.update(zip(body.input, [*node.input, *[""] * (len(body.input) - len(node.input))], strict=False))
     prefix = next(name for name in node.output if name)
-    return [_renamed(inner, names, f"{prefix}/", given) for inner in body.node]
+    nodes = [_renamed(inner, names, f"{prefix}/", given) for inner in body.node]
+    element = onnx.TypeProto.FromString(types[0]).tensor_type.elem_type if types and types[0] else 0
+    return _in_type(nodes, node, element) if plain and element else nodes
+
+
+def _in_type(nodes: list[onnx.NodeProto], node: onnx.NodeProto, element: int) -> list[onnx.NodeProto]:
+    """A body whose constants ONNX writes for float32 alone: with constants of float64, or in float32 between two casts."""
+    constants = [
+        a.t for n in nodes if n.op_type == "Constant" for a in n.attribute if a.t.data_type == TensorProto.FLOAT
+    ]
+    if not constants or element not in (TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16):
+        return nodes
+    if element == TensorProto.DOUBLE:
+        for tensor in constants:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), tensor.name))
+        return nodes
+    x, y = node.input[0], node.output[0]
+    wide = {x: f"{y}/in_float32", y: f"{y}/of_float32"}
+    for inner in nodes:
+        for names in (inner.input, inner.output):
+            renamed = [wide.get(name, name) for name in names]
+            del names[:]
+            names.extend(renamed)
+    return [
+        helper.make_node("Cast", [x], [wide[x]], to=TensorProto.FLOAT), *nodes,
+        helper.make_node("Cast", [wide[y]], [y], to=element),
+    ]  # fmt: skip
 
 
 def _renamed(

@@ -34,6 +34,8 @@ INLINED = frozenset({
     "RotaryEmbedding", "SoftmaxCrossEntropyLoss", "Swish",
 })  # fmt: skip
 
+FLOAT32_BODIES = frozenset({"MeanVarianceNormalization"})  # constants in them are float32 whatever the input is
+
 
 def listed(problems: list[str]) -> str:
     """The first `LISTED` of them on one line."""
@@ -59,6 +61,8 @@ def inline_functions(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
     if problems:
         raise UnsupportedError(f"only standard ONNX operators are supported: {listed(problems)}", where)
     _write_defaults(proto)
+    if any(node.op_type in FLOAT32_BODIES for node in proto.graph.node):
+        _inline_bodies(proto, FLOAT32_BODIES)
     for _ in range(DEPTH):
         found = sorted({node.op_type for node in all_nodes(proto.graph)} & INLINED)
         if not found:
@@ -89,8 +93,8 @@ def _write_defaults(proto: onnx.ModelProto) -> None:
                 node.attribute.extend(default for default in defaults if default.name)
 
 
-def _inline_bodies(proto: onnx.ModelProto) -> bool:
-    """Replace the nodes of `INLINED` in the main graph, in place, where the types of their inputs are known."""
+def _inline_bodies(proto: onnx.ModelProto, operators: frozenset[str] = INLINED) -> bool:
+    """Replace the nodes of `operators` in the main graph, in place, where the types of their inputs are known."""
     version = max((o.version for o in proto.opset_import if o.domain in STANDARD_DOMAINS), default=1)
     graph = onnx.shape_inference.infer_shapes(proto).graph
     types = {v.name: v.type for v in (*graph.input, *graph.value_info, *graph.output)}
@@ -99,7 +103,7 @@ def _inline_bodies(proto: onnx.ModelProto) -> bool:
     for node in proto.graph.node:
         known = all(name in types for name in node.input if name)
         given = [types[name].SerializeToString() if name else b"" for name in node.input] if known else None
-        body = function_body(node, version, given) if node.op_type in INLINED else None
+        body = function_body(node, version, given) if node.op_type in operators else None
         result.extend([node] if body is None else body)
     changed = len(result) != len(proto.graph.node)
     del proto.graph.node[:]

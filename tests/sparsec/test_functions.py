@@ -39,6 +39,24 @@ def test_defaults_of_left_out_attributes_count(axes: list[int] | None) -> None:
     same(model, inlined)
 
 
+@pytest.mark.parametrize(("element", "tolerance"), [(TensorProto.FLOAT16, 2e-3), (TensorProto.DOUBLE, 1e-8)])
+@pytest.mark.parametrize("opset", [13, 21])
+def test_constants_of_a_body_take_the_type_of_the_input(element: int, tolerance: float, opset: int) -> None:
+    """ONNX writes 2 and 1e-9 in float32, which Pow and Add do not take beside another type."""
+    node = helper.make_node("MeanVarianceNormalization", ["x"], ["y"], name="n")
+    model = single(node, opset, x=[3, 2, 4, 5])
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = element
+    inlined = onnx.shape_inference.infer_shapes(inline_functions(model, "model"), strict_mode=True)
+    onnx.checker.check_model(inlined, full_check=True)
+    x = np.random.default_rng(1).standard_normal((3, 2, 4, 5)).astype(helper.tensor_dtype_to_np_dtype(element))
+    (y,) = ReferenceEvaluator(inlined).run(None, {"x": x})
+    wide = x.astype(np.float64)
+    wanted = (wide - wide.mean((0, 2, 3), keepdims=True)) / wide.std((0, 2, 3), keepdims=True)
+    assert y.dtype == x.dtype
+    np.testing.assert_allclose(y.astype(np.float64), wanted, rtol=0, atol=3 * tolerance)
+
+
 def test_a_left_out_input_between_given_ones() -> None:
     """Attention without a mask, with a cache: ONNX's inliner fails on it."""
     shape = {"q": [1, 2, 3, 8], "k": [1, 2, 3, 8], "v": [1, 2, 3, 8], "pk": [1, 2, 4, 8], "pv": [1, 2, 4, 8]}
