@@ -74,23 +74,23 @@ def form_named(table, text):
     return next(form for form in table if form.format == text)
 
 
-def products(element):
-    """Every tile once, groups of several steps and of one, ragged ends on all sides."""
+def products(element, tiles=slice(None)):
+    """Every tile once, groups of several steps and of one, ragged ends on all sides. `tiles`: which of each form."""
     return [
         product(element, form, tile.rows - 3, 3 * tile.depth + 5, form.rows + 9, 0.6, tile, activation=RELU6)
         for form in GEMM_TABLE
-        for tile in block_sparse.gemm_tiles(form, element)
+        for tile in block_sparse.gemm_tiles(form, element)[tiles]
     ]
 
 
-def convolutions(element):
+def convolutions(element, tiles=slice(None)):
     """Every tile once, 1x1 and 3x3."""
     sizes = ((1, 70, 4, 8, 1), (1, 12, 5, 7, 3))
     return [
         convolution(element, form, shape_of(*size, form.rows + 7, kernel), 0.5, Plan(tile))
         for *size, kernel in sizes
         for form in CONV_TABLE
-        for tile in block_sparse.conv_tiles(form, shape_of(*size, form.rows + 7, kernel), element)
+        for tile in block_sparse.conv_tiles(form, shape_of(*size, form.rows + 7, kernel), element)[tiles]
     ]
 
 
@@ -103,7 +103,10 @@ def test_every_tile(element, layers):
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_every_tile_fits_a_multiprocessor(element, arch):
-    for name, (registers, _, shared) in check_resources(products(element) + convolutions(element), arch).items():
+    """All on one architecture, the first and largest tile of every form on the others."""
+    some = slice(None) if arch == ARCHS[-1] else slice(1)
+    layers = products(element, some) + convolutions(element, some)
+    for name, (registers, _, shared) in check_resources(layers, arch).items():
         tiles = (
             *block_sparse.GEMM_TILES[element],
             *block_sparse.PICK_TILES[element],
