@@ -16,6 +16,7 @@ from sparsec.targets import find_target, host_arch
 
 ROWS, COLUMNS = 24, 64
 _SIZE = ROWS * COLUMNS
+_ROOM = 60 << 10  # where a row lies in shared memory: beyond what a launch has unasked
 _PITCH = _SIZE * 4 + 256  # a buffer and its slack; a multiple of 64
 
 
@@ -42,12 +43,15 @@ def _add_row():
 def _reverse_rows():
     def body(x, y, blocks, threads):
         (b,), (t,) = blocks, threads
-        room = emit.shared(COLUMNS)
-        B.buffer_store(room, x[b * COLUMNS + t] * B.float32(2), [t])
+        room, held = emit.Room(_ROOM, 4), emit.local(1)
+        B.buffer_store(held, x[b * COLUMNS + t] * B.float32(2), [0])
+        emit.call("sparsec_write<float, 1>", emit.address(room, t), emit.address(held, 0), 1)
         emit.barrier()
-        B.buffer_store(y, room[COLUMNS - 1 - t], [b * COLUMNS + t])
+        emit.call("sparsec_read<float, 1>", emit.address(held, 0), emit.address(room, COLUMNS - 1 - t), 1)
+        B.buffer_store(y, held[0], [b * COLUMNS + t])
 
-    return emit.function([("x", _SIZE, "float32"), ("y", _SIZE, "float32")], ROWS, COLUMNS, body)
+    arguments = [("x", _SIZE, "float32"), ("y", _SIZE, "float32")]
+    return emit.function(arguments, ROWS, COLUMNS, body, shared=_ROOM + COLUMNS * 4)
 
 
 @T.prim_func(s_tir=True)

@@ -124,9 +124,10 @@ static __device__ __forceinline__ void sparsec_load4(float *to, const float *fro
     to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
 }
 
-/* The first `valid` of COUNT elements between registers and global memory, in 16 bytes at once where these are aligned;
+/* The first `valid` of COUNT elements between registers and memory, in 16 bytes at once where these are aligned;
    elements that are not read become zero. */
-template <class T, int COUNT> static __device__ __forceinline__ void sparsec_read(T *to, const T *from, int valid) {
+template <class T, int COUNT> static __device__ __forceinline__ void sparsec_read(T *to, const void *memory, int valid) {
+    const T *from = (const T *)memory;
     const int UNIT = 16 / sizeof(T);
     if (valid >= COUNT && COUNT % UNIT == 0 && ((size_t)from & 15) == 0) {
 #pragma unroll
@@ -136,7 +137,8 @@ template <class T, int COUNT> static __device__ __forceinline__ void sparsec_rea
         for (int i = 0; i < COUNT; i++) to[i] = i < valid ? from[i] : T(0.0f);
     }
 }
-template <class T, int COUNT> static __device__ __forceinline__ void sparsec_write(T *to, const T *from, int valid) {
+template <class T, int COUNT> static __device__ __forceinline__ void sparsec_write(void *memory, const T *from, int valid) {
+    T *to = (T *)memory;
     const int UNIT = 16 / sizeof(T);
     if (valid >= COUNT && COUNT % UNIT == 0 && ((size_t)to & 15) == 0) {
 #pragma unroll

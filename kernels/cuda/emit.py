@@ -18,6 +18,7 @@ MAX_THREADS = 1024  # of a block
 MAX_GRID = ((1 << 31) - 1, 65535, 65535)  # blocks by axis: CUDA C++ Programming Guide, compute capabilities
 AXES = ("x", "y", "z")
 SHARED = "sparsec.shared"  # a function's attribute: bytes of `Room`s
+C_NAMES = {"float16": "half", "float32": "float"}  # of elements, in template arguments
 STATIC_SHARED = 48 << 10  # bytes that a function's own arrays may take
 
 Argument = tuple[str, int, str]  # name, elements, dtype
@@ -88,7 +89,7 @@ class Room:
     """An array of a block's shared memory that the launch makes room for, from byte `offset` on; for `address` only."""
 
     offset: int
-    item: int
+    item: int  # bytes of an element
 
 
 def barrier() -> None:

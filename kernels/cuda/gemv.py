@@ -19,7 +19,6 @@ from sparsec.kernels import emit as tir
 from sparsec.kernels.base import Format, unique
 from sparsec.kernels.cuda import emit
 from sparsec.kernels.cuda.base import DeviceCall, Gpu
-from sparsec.kernels.cuda.stores import C_NAMES
 from sparsec.kernels.epilogue import NONE, Activation, Residual, finish
 from sparsec.kernels.gemm import reference
 from sparsec.program import Launch
@@ -111,7 +110,7 @@ def bind(
     each, pitch, wide = 16 // gpu.item, packed.shape[1], plan.columns
     chunks, flight = pitch // each, max(1, FLIGHT // plan.columns)
     stride = emit.WARP * plan.parts  # chunks that all lanes of all parts read at once
-    kind = C_NAMES[gpu.element]
+    kind = emit.C_NAMES[gpu.element]
 
     def body(*arguments: Any) -> None:
         *buffers, (block,), (thread,) = arguments

@@ -17,8 +17,6 @@ from sparsec.kernels import emit as tir
 from sparsec.kernels.cuda import emit
 from sparsec.kernels.epilogue import NONE, Activation, Residual, finish
 
-C_NAMES = {"float16": "half", "float32": "float"}
-
 
 class RowStore:
     """What follows the sums where y is row-major [m, n] from `base` on: scale, bias, residual, activation, guards.
@@ -34,7 +32,7 @@ class RowStore:
         self.m, self.n, self.first, self.base, self.y, self.whole, self.in_row = m, n, first, base, y, whole, in_row
         self.bias, self.other, self.residual, self.activation, self.scale = bias, other, residual, activation, scale
         self.dtype = str(y.dtype)
-        self.kind = C_NAMES[self.dtype]
+        self.kind = emit.C_NAMES[self.dtype]
 
     def __call__(self, columns: list[Any]) -> Any:
         """Emits what a set of columns shares; returns what stores a row of them."""
@@ -104,7 +102,7 @@ class PlaneStore:
         self.bias, self.bias_at, self.other = bias, bias_at, other
         self.residual, self.activation = residual, activation
         self.dtype = str(y.dtype)
-        self.kind = C_NAMES[self.dtype]
+        self.kind = emit.C_NAMES[self.dtype]
 
     def __call__(self, columns: list[Any]) -> Callable[[Any, list[Any]], None]:
         """Emits what a set of neighbouring columns shares; returns what stores a row of them."""
