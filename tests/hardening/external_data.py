@@ -26,6 +26,17 @@ def external(change: Callable[[Path, TensorProto], None], **entries: str) -> Mak
     return make
 
 
+def not_text(text: bytes) -> Maker:
+    """The same, `text` in the file no UTF-8."""
+
+    def make(folder: Path) -> Path:
+        path = external(nothing)(folder)
+        path.write_bytes(path.read_bytes().replace(text, b"\xff" * len(text)))
+        return path
+
+    return make
+
+
 def nothing(folder: Path, tensor: TensorProto) -> None:
     pass
 
