@@ -84,7 +84,7 @@ def one(harness: Harness, seconds: float, seed: int, keep: Path) -> dict[str, An
         status, usage = _wait(child.pid, seconds + PATIENCE)
     child.returncode = status
     text = output.read_text(errors="replace")
-    counts = re.findall(rf"(\d+)\s+{harness.unit}\b", text) or re.findall(r"Done (\d+) runs", text)
+    counts = re.findall(rf"(\d+)\s+{harness.unit}\b", text) or re.findall(r"number_of_executed_units: (\d+)", text)
     details = {name: int(n) for n, name in re.findall(r"^ +(\d+)  (\S.*)$", text, re.MULTILINE)}  # of graphs
     if not status:
         output.unlink()
