@@ -130,7 +130,7 @@ def items(small: bool) -> Iterator[Item]:
 
 
 def ratios() -> list[dict[str, Any]]:
-    """What is asked of times: `item` is to be `asked` times as fast as `to`."""
+    """What is asked of times: `item` is to be `asked` times as fast as `to`, or its ratio is only told (0)."""
     matmul = {"what": "matmul", "options": {"m": 4096, "k": 4096, "n": 4096, "dtype": "float16"}}
     resnet = [
         {"item": f"resnet50_{p}_b{b}", "to": "torch", "asked": asked,

@@ -127,11 +127,12 @@ class Table:
         print(f"{what:<58} {asked:>12} {measured:>26}  {verdict}", flush=True)
 
     def at_least(self, what: str, asked: float, value: float | None, unit: str = "x", why: str = "") -> None:
-        """A ratio that is to be `asked` or more; None: it could not be measured."""
+        """A ratio that is to be `asked` or more, 0: only told; None: it could not be measured."""
+        limit = f">= {asked:g}{unit}" if asked else ""
         if value is None:
-            self.add(what, f">= {asked:g}{unit}", why or "not measured", None)
+            self.add(what, limit, why or "not measured", None)
         else:
-            self.add(what, f">= {asked:g}{unit}", f"{value:.3g}{unit}", value >= asked, value)
+            self.add(what, limit, f"{value:.3g}{unit}", value >= asked if asked else None, value)
 
 
 def samples_of(item: dict) -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
@@ -159,7 +160,7 @@ def check_parity(table: Table, item: dict, model: Model) -> None:
             error = float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
             worst = max(worst, error if np.isfinite(a).all() else float("inf"))
         a, b = (o[0].reshape(o[0].shape[0], -1).argmax(1) for o in (got, expected))
-        same += int((a == b).all())
+        same += int(np.isfinite(got[0]).all() and (a == b).all())
     limit = item["tolerance"]
     table.add(f"{item['name']}: parity, {len(samples)} samples", f"<= {limit:g}", f"{worst:.3g}", worst <= limit, worst)
     if item.get("top1"):

@@ -149,6 +149,32 @@ def test_nothing_leaks_when_calls_fail(request, tmp_path, on_host):
     assert done.stdout.endswith(" 0 left\n")
 
 
+STATIC = """
+#include "model.h"
+int main(int argc, char **argv) {
+    sparsec_model *model;
+    int code = hand_sparsec_open_file(argv[argc - 1], 0, &model);
+    float x[24 * 64] = {0}, y[24 * 64], row[64], steps[3];
+    const void *in[] = {x};
+    void *out[] = {y, row};
+    if (!code && hand_sparsec_step_count(model) == 3) code = hand_sparsec_run_steps(model, in, out, steps);
+    hand_sparsec_close(model);
+    return code ? -code : y[0] != 2 * row[63];
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+def test_the_static_library(device_only, tmp_path):
+    (tmp_path / "main.c").write_text(STATIC)
+    command = ["gcc", "-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{device_only}", "main.c", "-o", "main"]
+    libraries = [str(device_only / "libmodel.a"), "-ldl", "-lm", "-lpthread"]
+    subprocess.run([*command, *libraries], cwd=tmp_path, check=True)
+    env = environment(emulation=device_only / "emulation.so")
+    assert subprocess.run([tmp_path / "main", device_only / "weights.bin"], env=env, check=False).returncode == 0
+    assert subprocess.run([tmp_path / "main", "absent"], env=env, check=False).returncode == 6
+
+
 def test_only_the_driver_is_not_linked(device_only):
     from sparsec import elf
 
