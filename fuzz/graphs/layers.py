@@ -132,6 +132,31 @@ def product(d: Draft, x: Value) -> None:
         d.add("MatMul", [x.name, d.constant(d.weight((x.shape[-1], n), x.dtype))], (*x.shape[:-1], n), x.dtype)
 
 
+def network(d: Draft, x: Value) -> None:
+    """Two to four layers of some width, one behind the other: what passes change together."""
+    for _ in range(d.number(2, 4)):
+        width = d.among((8, 16, 24, 32))
+        y: Value | None
+        if x.dtype == F32 and x.rank == 4:
+            size = d.among((1, 1, 3))
+            weight = d.constant(d.weight((width, x.shape[1], size, size)))
+            bias = [d.constant(d.numbers((width,), F32))] if d.maybe() else []
+            pads, kernel = [size // 2] * 4, [size, size]
+            shape = (x.shape[0], width, *x.shape[2:])
+            y = d.add("Conv", [x.name, weight, *bias], shape, F32, kernel_shape=kernel, pads=pads)
+        elif x.dtype == F32 and x.rank >= 2:
+            y = d.add("MatMul", [x.name, d.constant(d.weight((x.shape[-1], width)))], (*x.shape[:-1], width), F32)
+        else:
+            y = None
+        if y is None:
+            return
+        kind = d.among(("Relu", "Relu", "Sigmoid", ""))
+        y = (d.add(kind, [y.name], y.shape, F32) or y) if kind else y
+        if y.shape == x.shape and d.maybe():
+            y = d.add("Add", [y.name, x.name], y.shape, F32) or y
+        x = y
+
+
 NORMS = (
     "BatchNormalization", "LayerNormalization", "Softmax", "LogSoftmax", "InstanceNormalization", "GroupNormalization",
     "LpNormalization", "LRN", "MeanVarianceNormalization", "RMSNormalization",

@@ -14,7 +14,7 @@ from onnx import helper
 
 from fuzz.graphs.draft import BOOL, F16, F32, F64, I8, I32, I64, U8, Draft, Value, element, model_of
 from fuzz.graphs.elementwise import binary, cast, clip, silu, unary, variadic, where
-from fuzz.graphs.layers import conv, conv_transpose, integer_product, normalize, pool, product, recurrent
+from fuzz.graphs.layers import conv, conv_transpose, integer_product, network, normalize, pool, product, recurrent
 from fuzz.graphs.moves import computed_shape, reduce, resize, scan_sum, views
 from fuzz.graphs.quantized import dequantize, inside, layer, pair, weights_only
 
@@ -23,7 +23,7 @@ Operator = Callable[[Draft, Value], None]  # adds nodes behind a value, or nothi
 ANY: tuple[Operator, ...] = (unary, binary, binary, views, views, reduce, where, cast, computed_shape)
 LAYERS: tuple[Operator, ...] = (conv, conv, conv, pool, product, product, normalize, silu, clip, variadic, resize)
 FAMILIES: dict[str, tuple[tuple[np.dtype, ...], tuple[Operator, ...]]] = {
-    "float32": ((F32,), (*ANY, *LAYERS, conv, product, conv_transpose, recurrent, scan_sum)),
+    "float32": ((F32,), (*ANY, *LAYERS, conv, product, network, network, conv_transpose, recurrent, scan_sum)),
     "float16": ((F16,), (*ANY, *LAYERS)),
     "quantized": (
         (F32, F32, U8, I8),
@@ -36,15 +36,20 @@ SHARES = ("float32",) * 4 + ("quantized",) * 3 + ("float16",) * 2 + ("whole", "w
 OPSETS = (11, 13, 17, 18, 19, 20, 21, 21, 21, 22, 23, 24)
 
 FEW = "fallback=none,samples=4"
-PASSES: tuple[tuple[str, ...], ...] = (
-    (), (), ("prune:sparsity=0.5,block=4x1",), ("prune:sparsity=0.8,block=1x1",), ("prune:nm=2:4",),
-    ("prune:sparsity=0.6,block=4x4", "fold-constants"), ("remove-no-ops", "prune:sparsity=0.9,block=8x1"), ("rearrange",),
-    ("prune-channels:sparsity=0.25",), ("factorize",), ("fold-constants", "remove-no-ops", "explicit-pads"),
-    (f"quantize:{FEW}",), (f"quantize:activations=int8,rounding=nearest,{FEW}",), (f"quantize:outputs=int8,{FEW}",),
-    ("prune:sparsity=0.7,block=4x1", f"quantize:{FEW}"), ("quantize:weights=int8,group=16",),
-    ("quantize:weights=int4,group=16,asymmetric=true",), ("compress:bytes=0.4,samples=2",), ("widen",),
-    ("factorize:residual=sparse,samples=2",), (f"quantize:{FEW}", "quantized-ports"),
+EXACT: tuple[tuple[str, ...], ...] = (
+    (), ("fold-constants", "remove-no-ops", "explicit-pads"), ("rearrange",), ("quantized-ports",),
 )  # fmt: skip
+OF_WEIGHTS: tuple[tuple[str, ...], ...] = (
+    ("prune:sparsity=0.5,block=4x1",), ("prune:sparsity=0.8,block=1x1",), ("prune:nm=2:4",),
+    ("prune:sparsity=0.6,block=4x4", "fold-constants"), ("remove-no-ops", "prune:sparsity=0.9,block=8x1"), ("rearrange",),
+    ("prune-channels:sparsity=0.25,round_to=4",), ("prune-channels:sparsity=0.3", "prune:sparsity=0.5,block=4x1"), ("prune-channels:dead=true",),
+    ("factorize:rank=2,faster=false",), ("factorize:rank=4,residual=sparse,faster=false,samples=2",),
+    ("compress:bytes=0.7,samples=2",), (f"quantize:{FEW}",), (f"quantize:activations=int8,rounding=nearest,{FEW}",),
+    (f"quantize:outputs=int8,{FEW}",), ("prune:sparsity=0.7,block=4x1", f"quantize:{FEW}"),
+    ("quantize:weights=int8,group=16",), ("quantize:weights=int4,group=16,asymmetric=true",),
+    (f"quantize:{FEW}", "quantized-ports"),
+)  # fmt: skip
+WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,16 @@ def models(draw: Any, graphs: int = 8) -> Drawn:
     facts[f"opset {d.opset}"] += count
     facts["broadcasts"] += d.broadcasts
     graph = helper.make_graph(d.nodes, "g", [_info(v) for v in d.inputs], [_info(v) for v in d.outputs], d.tensors)
-    return Drawn(model_of(graph, d.opset), count, draw(st.sampled_from(PASSES)), facts)
+    return Drawn(model_of(graph, d.opset), count, _passes(d), facts)
+
+
+def _passes(d: Draft) -> tuple[str, ...]:
+    """None or exact ones, or some that change weights, where there are any; `widen` where something is in float16."""
+    kinds = {v.dtype for v in d.inputs}
+    choices = [*EXACT, *([("widen",)] if F16 in kinds else [])]
+    if any(node.op_type in WEIGHTED for node in d.nodes) and d.number(0, 3):
+        choices = list(OF_WEIGHTS)
+    return d.among(choices)
 
 
 def _graph(d: Draft, dtypes: tuple[np.dtype, ...], operators: tuple[Operator, ...]) -> None:
