@@ -250,7 +250,7 @@ def bind_gemm(
         a: Operand
         facts = (named["x"], named["columns"], begin, m, k, first[0])
         if form.columns == WIDE:
-            a = kept_columns.units(tile.left(), *facts, packed, gpu.item, tile.threads, thread)
+            a = kept_columns.Units(tile.left(), *facts, packed, gpu.item, tile.threads, thread)
         else:
             a = kept_columns.Picks(tile.left(), *facts, tile.threads, thread)
         b = _weights(tile.right(tensor), named["values"], begin, tile, thread)
@@ -287,7 +287,7 @@ def bind_conv(
         facts = (named["x"], named["columns"], begin, shape)
         b: Operand
         if direct:
-            b = kept_columns.planes(place, *facts, at, tile.depth, gpu.item, tile.threads, thread)
+            b = kept_columns.Planes(place, *facts, at, tile.depth, gpu.item, tile.threads, thread)
         else:
             kind = kept_columns.Pixels if turned else kept_columns.Elements
             down = place.chunks if turned else tile.depth
@@ -345,9 +345,9 @@ def _constants(
     order = packed.order if packed.rows is None else packed.rows.reshape(-1)
     held = np.zeros(packed.groups * packed.height, np.float32)
     held[:n] = 0 if bias is None else bias
-    found = {"values": gpu.array(values.reshape(-1)), "columns": np.asarray(columns, np.int32).reshape(-1)}
-    # An empty array has no address; one zero stands for it.
-    found = {role: array if array.size else np.zeros(1, array.dtype) for role, array in found.items()}
+    columns = np.pad(columns, ((0, 1), (0, 0)))  # a step more: numbers are read ahead
+    values = values.reshape(-1) if values.size else np.zeros(1, np.float32)  # an empty array has no address
+    found = {"values": gpu.array(values), "columns": np.asarray(columns, np.int32).reshape(-1)}
     return found | {"pointers": packed.pointers, "order": np.asarray(order, np.int32), "bias": held}
 
 

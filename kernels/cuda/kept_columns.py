@@ -46,22 +46,87 @@ def words_of(packed: Kept, shape: Shape) -> np.ndarray:
     return np.asarray(np.where(packed.columns < 0, TAPS - 1, offset * TAPS + tap), np.int32)
 
 
-def units(
-    place: Placement, x: Any, columns: Any, begin: Any, p: int, k: int, first: Any, packed: Kept, item: int, threads: int,
-    thread: Any,
-) -> operands.Chunks:  # fmt: skip
+class _Listed:
+    """Chunks whose place depends on a number of the list of kept columns: read a step ahead, so that no copy waits for it.
+
+    The list is followed by one step more, which is read and not used.
+    """
+
+    def __init__(self, placement: Placement, x: Any, columns: Any, begin: Any, per_step: int, unit: int, threads: int,
+                 thread: Any) -> None:  # fmt: skip
+        self.placement, self.x, self.columns, self.begin, self.per_step = placement, x, columns, begin, per_step
+        total = placement.rows * placement.chunks
+        assert total % threads == 0 or total < threads
+        self.whole = total >= threads
+        indices = [thread + first for first in range(0, total, threads)]
+        self.places = [(T.bind(index // placement.chunks), T.bind(index % placement.chunks)) for index in indices]
+        self.numbers = self._numbers()
+        self.held = emit.local(len(set(self.numbers)), "int32")
+        self.name = f"sparsec_copy16<{unit}, {placement.item}>"
+
+    def _numbers(self) -> list[int]:
+        """Of each of a thread's chunks, which of its held numbers it needs."""
+        raise NotImplementedError
+
+    def _at(self, row: Any, chunk: Any) -> Any:
+        """Where in a step's list a chunk's number is."""
+        raise NotImplementedError
+
+    def _source(self, number: Any, row: Any, chunk: Any) -> tuple[Any, Any]:
+        """First element and how many there are, of a chunk with that number."""
+        raise NotImplementedError
+
+    def _load(self, step: Any) -> None:
+        for i in sorted(set(self.numbers)):
+            row, chunk = self.places[self.numbers.index(i)]
+            at = (self.begin + step) * self.per_step + self._at(row, chunk)
+            T.buffer_store(self.held, self.columns[at], [i])
+
+    def issue(self, step: Any, shared: Any, slot: Any) -> None:
+        """Start the copies of `step`; steps are issued in order."""
+        if isinstance(step, int) and step == 0:
+            emit.when(self._mine(), lambda: self._load(0))
+
+        def copy() -> None:
+            for (row, chunk), i in zip(self.places, self.numbers, strict=True):
+                start, valid = self._source(T.bind(self.held[i]), row, chunk)
+                target = emit.address(shared, slot + self.placement.at(row, chunk))
+                emit.call(self.name, target, emit.address(self.x, start), valid * self.placement.item)
+            self._load(step + 1)
+
+        emit.when(self._mine(), copy)
+
+    def _mine(self) -> Any:
+        """Whether this thread has chunks."""
+        return True if self.whole else self.places[0][0] < self.placement.rows
+
+    def settle(self, shared: Any, slot: Any) -> None:
+        """Nothing is left to do."""
+
+
+class Units(_Listed):
     """x [p, k] from row `first` on, kept units of columns; the steps of `columns` from `begin` on."""
-    each = CHUNK // item
-    per_unit, per_step = packed.width // each, packed.depth // packed.width
 
-    def source(step: Any, row: Any, chunk: Any) -> tuple[Any, Any]:
-        unit = T.bind(columns[(begin + step) * per_step + chunk // per_unit])
-        column = unit + chunk % per_unit * each if per_unit > 1 else unit
-        inside = tirx.all(unit >= 0, first + row < p)
-        valid = T.if_then_else(inside, operands.within(k - column, each), 0)
-        return T.if_then_else(inside, (first + row) * k + T.min(column, k - 1), 0), valid
+    def __init__(
+        self, place: Placement, x: Any, columns: Any, begin: Any, p: int, k: int, first: Any, packed: Kept, item: int,
+        threads: int, thread: Any,
+    ) -> None:  # fmt: skip
+        self.p, self.k, self.first, self.each = p, k, first, CHUNK // item
+        self.per_unit = packed.width // self.each
+        unit = operands.unit_of(k, packed.width, item=item)
+        super().__init__(place, x, columns, begin, packed.depth // packed.width, unit, threads, thread)
 
-    return operands.Chunks(place, x, source, operands.unit_of(k, packed.width, item=item), threads, thread)
+    def _numbers(self) -> list[int]:
+        return [0] * len(self.places)  # the number of threads is a multiple of a row's chunks
+
+    def _at(self, row: Any, chunk: Any) -> Any:
+        return chunk // self.per_unit
+
+    def _source(self, number: Any, row: Any, chunk: Any) -> tuple[Any, Any]:
+        column = number + chunk % self.per_unit * self.each
+        inside = tirx.all(number >= 0, self.first + row < self.p)
+        valid = T.if_then_else(inside, operands.within(self.k - column, self.each), 0)
+        return T.if_then_else(inside, (self.first + row) * self.k + T.min(column, self.k - 1), 0), valid
 
 
 class Picks:
@@ -105,23 +170,31 @@ class Picks:
             emit.call("sparsec_put16", target, emit.address(self.held, i * self.each))
 
 
-def planes(
-    place: Placement, x: Any, columns: Any, begin: Any, shape: Shape, first: Any, depth: int, item: int, threads: int,
-    thread: Any,
-) -> operands.Chunks:  # fmt: skip
+class Planes(_Listed):
     """x of a 1x1 convolution from tile column `first` on, kept channels."""
-    n, c, h, w = shape.x
-    pitch, pixels, each = shape.pitch("float16" if item == 2 else "float32"), h * w, CHUNK // item
 
-    def source(step: Any, row: Any, chunk: Any) -> tuple[Any, Any]:
-        channel, column = T.bind(columns[(begin + step) * depth + row]), first + chunk * each
-        image = column // pitch if n > 1 else 0
-        pixel = column % pitch if n > 1 else column
-        inside = tirx.all(channel >= 0, column < n * pitch)
-        valid = T.if_then_else(inside, operands.within(pixels - pixel, each), 0)
-        return T.if_then_else(inside, (image * c + channel) * pixels + pixel, 0), valid
+    def __init__(
+        self, place: Placement, x: Any, columns: Any, begin: Any, shape: Shape, first: Any, depth: int, item: int,
+        threads: int, thread: Any,
+    ) -> None:  # fmt: skip
+        self.shape, self.first, self.each = shape, first, CHUNK // item
+        self.pitch = shape.pitch("float16" if item == 2 else "float32")
+        super().__init__(place, x, columns, begin, depth, operands.unit_of(shape.pixels, item=item), threads, thread)
 
-    return operands.Chunks(place, x, source, operands.unit_of(pixels, item=item), threads, thread)
+    def _numbers(self) -> list[int]:
+        return list(range(len(self.places)))
+
+    def _at(self, row: Any, chunk: Any) -> Any:
+        return row
+
+    def _source(self, number: Any, row: Any, chunk: Any) -> tuple[Any, Any]:
+        n, c, _, _ = self.shape.x
+        pixels, column = self.shape.pixels, self.first + chunk * self.each
+        image = column // self.pitch if n > 1 else 0
+        pixel = column % self.pitch if n > 1 else column
+        inside = tirx.all(number >= 0, column < n * self.pitch)
+        valid = T.if_then_else(inside, operands.within(pixels - pixel, self.each), 0)
+        return T.if_then_else(inside, (image * c + number) * pixels + pixel, 0), valid
 
 
 class _Kept(conv._Gathered):

@@ -43,7 +43,7 @@ EACH = 4  # pixels of a lane
 DEPTH = 32  # columns of a step
 COLUMNS = emit.WARP * EACH  # pixels of a block
 ROUND = 4  # kept columns whose loads are issued together
-REGISTERS = 112  # of a thread, about
+REGISTERS = 160  # of a thread, about
 UNEVEN = 1.15  # warps of a block wait for the one with the most columns of a step
 TABLE: tuple[Format, ...] = tuple(
     Format(f"cuda_conv_f32_{rows}x1", "Conv", f"{rows}x1", "float32",
@@ -174,7 +174,7 @@ def bind(
     held = np.zeros(blocks.groups * blocks.height, np.float32)
     held[:oc] = 0 if bias is None else bias
     # Kernels have few arguments: one array of numbers, the columns first.
-    numbers = (words.reshape(-1), blocks.pointers, blocks.order, packed.tables, packed.index)
+    numbers = (np.pad(words, ((0, 1), (0, 0))).reshape(-1), blocks.pointers, blocks.order, packed.tables, packed.index)
     starts = dict(
         zip(
             ("columns", "pointers", "order", "tables", "index"),
@@ -202,7 +202,7 @@ def bind(
         facts = (named["x"], named["numbers"], begin, shape, at)
         b: Operand
         if direct:
-            b = kept_columns.planes(place, *facts, DEPTH, 4, tiling.threads, thread)
+            b = kept_columns.Planes(place, *facts, DEPTH, 4, tiling.threads, thread)
         else:
             b = kept_columns.Elements(place, *facts, 0, COLUMNS, DEPTH, tiling.threads, thread)
         store = PlaneStore(
