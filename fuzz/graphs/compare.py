@@ -29,6 +29,7 @@ from sparsec.loading import load_model, model_bytes
 from sparsec.lowering import lower
 from sparsec.passes.normalisation.fold_constants import quiet_session
 from sparsec.passes.normalisation.widen import Widen
+from sparsec.passes.quantization.ports import QuantizedPorts
 from sparsec.pipeline import run_passes
 from sparsec.ports import input_spec
 from sparsec.rounding import Rounding, allowed_count, beyond, rounding
@@ -39,6 +40,7 @@ Arrays = dict[str, np.ndarray]
 
 LIMITS = Limits(isolate=0)  # a process of its own costs a second each time; what the generator writes is not hostile
 SAMPLES = 4
+PORTS = {QuantizedPorts.name: QuantizedPorts()}  # what `compile --io quantized` runs, no pass by name
 HALF_LARGEST = float(np.finfo(F16).max)
 
 
@@ -68,11 +70,11 @@ def compare(model: onnx.ModelProto, passes: tuple[str, ...], counts: Counter[str
     for spec in passes:
         before = model_bytes(loaded)
         try:
-            loaded, _ = run_passes(loaded, (spec,), calibration=samples, target=target)
+            loaded, _ = run_passes(loaded, (PORTS.get(spec, spec),), calibration=samples, target=target)
             counts[f"pass {spec.partition(':')[0]}"] += 1
             changed = True
         except RecipeError as error:
-            if error.message.startswith("failed with"):  # what another exception became
+            if error.message.startswith(("failed with", "unknown")):  # another exception; a pass that is none
                 raise
             counts[f"pass {spec.partition(':')[0]} found nothing to do"] += 1
             loaded = ir.from_proto(onnx.load_model_from_string(before))
