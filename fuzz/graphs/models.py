@@ -42,7 +42,8 @@ EXACT: tuple[tuple[str, ...], ...] = (
 OF_WEIGHTS: tuple[tuple[str, ...], ...] = (
     ("prune:sparsity=0.5,block=4x1",), ("prune:sparsity=0.8,block=1x1",), ("prune:nm=2:4",),
     ("prune:sparsity=0.6,block=4x4", "fold-constants"), ("remove-no-ops", "prune:sparsity=0.9,block=8x1"), ("rearrange",),
-    ("prune-channels:sparsity=0.25,round_to=4",), ("prune-channels:sparsity=0.3", "prune:sparsity=0.5,block=4x1"), ("prune-channels:dead=true",),
+    ("prune-channels:sparsity=0.25,round_to=4",), ("prune-channels:sparsity=0.3", "prune:sparsity=0.5,block=4x1"),
+    ("prune-channels:dead=true",),
     ("factorize:rank=2,faster=false",), ("factorize:rank=4,residual=sparse,faster=false,samples=2",),
     ("compress:bytes=0.7,samples=2",), (f"quantize:{FEW}",), (f"quantize:activations=int8,rounding=nearest,{FEW}",),
     (f"quantize:outputs=int8,{FEW}",), ("prune:sparsity=0.7,block=4x1", f"quantize:{FEW}"),
