@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fuzz import campaign, graphs, run, targets
 from fuzz.c import run as c_run
 from fuzz.mutations import mutate_bytes, mutate_model
 from sparsec.errors import ModelError
+from sparsec.pass_specs import parse_spec
 
 RUNS = {"model": 15}
 
@@ -50,6 +52,12 @@ def test_mutations_repeat_and_mostly_parse() -> None:
 def test_random_graphs() -> None:
     counts = graphs.run(8, start=5, together=4, examples=3)
     assert counts["outputs"] >= 8
+
+
+def test_passes_that_are_drawn_are_passes() -> None:
+    module = import_module("fuzz.graphs.models")  # the package has a function of that name
+    for spec in {spec for specs in (*module.EXACT, *module.OF_WEIGHTS) for spec in specs} - {"quantized-ports"}:
+        parse_spec(spec)
 
 
 def test_random_graphs_vary() -> None:
