@@ -82,6 +82,7 @@ class EmulatedLibrary:
         function = self._library[f"emulated_{name}"]
         function.restype = None
         function.argtypes = [ctypes.c_void_p, Dim3, Dim3, ctypes.c_int]
+        ctypes.c_uint.in_dll(self._library, "emulated_room_bytes").value = launch.shared
         function(array, Dim3(*launch.grid), Dim3(*launch.block), order)
 
 

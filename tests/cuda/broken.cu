@@ -87,3 +87,9 @@ extern "C" __global__ void __launch_bounds__(128) behind_the_output(float* __res
 extern "C" __global__ void __launch_bounds__(128) far_behind_the_input(float* __restrict__ x, float* __restrict__ y) {
   y[((int)threadIdx.x)] = x[(((int)threadIdx.x) * 64)];
 }
+
+extern "C" __global__ void __launch_bounds__(128) beyond_the_launch(float* __restrict__ x, float* __restrict__ y) {
+  ((float*)sparsec_room)[(((int)threadIdx.x) + 1)] = x[((int)threadIdx.x)];
+  __syncthreads();
+  y[((int)threadIdx.x)] = ((float*)sparsec_room)[((int)threadIdx.x)];
+}

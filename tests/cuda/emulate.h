@@ -4,8 +4,8 @@
  * core instructions by their register layouts. Threads run in ascending, descending or a mixed order, so that a missing
  * barrier shows; shared memory holds NaN bytes when a block starts, so that reading before writing shows. Threads of one
  * block that wait at different barriers, or end while others wait, end the process; so do, by the compiler's checks, a
- * vector access that is not aligned to its size and an index beyond a shared or local array. Dynamic shared memory does
- * not compile: the project does not use it.
+ * vector access that is not aligned to its size and an index beyond a shared or local array. Dynamic shared memory is
+ * `sparsec_room` of device.h: what a block writes behind the bytes of its launch ends the process too.
  */
 #pragma once
 #define SPARSEC_EMULATED
@@ -198,6 +198,20 @@ static void run_warp(int begin, int end, int order) {
     }
 }
 
+/* used: the compiler must not conclude from a kernel that leaves it alone that it stays zero. */
+__shared__ __attribute__((used)) alignas(128) unsigned char sparsec_room[227 << 10];
+/* Bytes of it that the launch asked for: set before it runs. */
+extern "C" {
+extern __attribute__((visibility("default"))) unsigned emulated_room_bytes;
+unsigned emulated_room_bytes = sizeof sparsec_room;
+}
+
+static void check_room() {
+    for (size_t i = emulated_room_bytes; i < sizeof sparsec_room; i++) {
+        if (((volatile unsigned char *)sparsec_room)[i] != 0xff) broken("a write behind the shared memory of the launch");
+    }
+}
+
 static void run_block(int threads, int order) {
     size_t bytes = (size_t)(__stop_emulated_shared - __start_emulated_shared);
     if (bytes) memset(__start_emulated_shared, 0xff, bytes);
@@ -227,7 +241,7 @@ static void run_block(int threads, int order) {
             }
             if (fibres[i].state == AT_BLOCK) line = fibres[i].line;
         }
-        if (done == threads) return;
+        if (done == threads) return check_room();
         if (done) broken("some threads end while others wait at a barrier");
         for (int i = 0; i < threads; i++) fibres[i].state = RUNNING;
     }
@@ -339,8 +353,6 @@ template <int SELECTOR> static void sparsec_mma_sparse(float *d, const void *a, 
 }
 
 template <class T> static void sparsec_load_if(T *to, const T *from, int exists) { *to = exists ? *from : T(0); }
-
-__shared__ alignas(128) unsigned char sparsec_room[227 << 10];
 
 /* Asynchronous copies arrive as late as they may: when the thread waits for their group. */
 struct late_copy {

@@ -44,6 +44,7 @@ typedef struct op {
     size_t bytes;
     struct object *object; /* LAUNCH: function; STAMP: event */
     dim3 grid, block;
+    unsigned shared;
     void *arguments[ARGUMENTS];
     struct op *next;
 } op;
@@ -65,6 +66,7 @@ typedef struct object {
     int device, count; /* CONTEXT: ordinal, holders */
     void (*body)(void **, dim3, dim3, int);
     int arguments; /* FUNCTION */
+    unsigned *room; /* FUNCTION: where the emulation is told the bytes of a launch's shared memory */
     unsigned shared; /* FUNCTION: bytes of shared memory that a launch may ask for, 0: 48 KiB */
 } object;
 
@@ -242,6 +244,7 @@ static void perform(const op *o) {
     if (o->what == LAUNCH && o->object->body) {
         void *arguments[ARGUMENTS];
         memcpy(arguments, o->arguments, sizeof arguments);
+        *o->object->room = o->shared;
         o->object->body(arguments, o->grid, o->block, order);
     }
     if (o->what == STAMP) {
@@ -463,6 +466,7 @@ EXPORT int cuModuleGetFunction(object **function, object *module, const char *na
         *(void **)&o->body = dlsym(emulations[i], text);
         snprintf(text, sizeof text, "arguments_%s", name);
         if (o->body) o->arguments = *(const int *)dlsym(emulations[i], text);
+        if (o->body) o->room = dlsym(emulations[i], "emulated_room_bytes");
     }
     if (emulations_count && !o->body) misuse("the emulation has no %s", name);
     *function = o;
@@ -576,7 +580,7 @@ EXPORT int cuLaunchKernel(object *function, unsigned gx, unsigned gy, unsigned g
         shared_bytes > (f->shared ? f->shared : 48 << 10)) {
         misuse("%s: a launch that no device takes", f->image);
     }
-    op o = {.what = LAUNCH, .object = f, .grid = {gx, gy, gz}, .block = {bx, by, bz}};
+    op o = {.what = LAUNCH, .object = f, .grid = {gx, gy, gz}, .block = {bx, by, bz}, .shared = shared_bytes};
     for (int i = 0; i < f->arguments; i++) {
         memcpy(&o.arguments[i], arguments[i], sizeof(void *));
         holder(o.arguments[i], 1, f->image);

@@ -22,6 +22,7 @@ ENDS = {
     "misaligned_store": "a misaligned access",
     "beyond_shared": "an index out of bounds",
     "beyond_local": "an index out of bounds",
+    "beyond_the_launch": "a write behind the shared memory of the launch",
 }
 
 
@@ -78,6 +79,7 @@ class Dim3(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint) for name in "xyz"]
 function = ctypes.CDLL(sys.argv[1])["emulated_" + sys.argv[2]]
 function.argtypes = [ctypes.c_void_p, Dim3, Dim3, ctypes.c_int]
+ctypes.c_uint.in_dll(ctypes.CDLL(sys.argv[1]), "emulated_room_bytes").value = 512
 function((ctypes.c_void_p * 2)(start, start + 2048), Dim3(1, 1, 1), Dim3(128, 1, 1), 0)
 """
 
