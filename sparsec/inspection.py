@@ -39,11 +39,13 @@ def layer_row(layer: Layer) -> dict[str, Any]:
     }
 
 
-def launch_rows(program: Program) -> dict[str, dict[str, list[int]]]:
-    """Kernels of a CUDA device -> their grid in blocks and their block in threads, along x, y, z."""
+def launch_rows(program: Program) -> dict[str, dict[str, Any]]:
+    """Kernels of a CUDA device -> their grid in blocks and their block in threads, along x, y, z; shared memory in bytes that
+    a launch asks for.
+    """
     launches = {kernel.name: kernel.launch for kernel in program.kernels}
     return {
-        name: {"grid": list(launch.grid), "block": list(launch.block)}
+        name: {"grid": list(launch.grid), "block": list(launch.block), "shared": launch.shared}
         for name, launch in sorted(launches.items())
         if launch is not None
     }
@@ -234,11 +236,14 @@ def print_report(result: Mapping[str, Any], console: Console, verbose: bool = Fa
         console.print(line, highlight=False, markup=False)
 
 
-def _launch(launch: Mapping[str, list[int]] | None) -> str:
+def _launch(launch: Mapping[str, Any] | None) -> str:
     """`56*2 x 256`: blocks, threads of a block; empty where nothing is launched."""
     if launch is None:
         return ""
-    sides = (side[: max([i + 1 for i, n in enumerate(side) if n > 1], default=1)] for side in launch.values())
+    sides = (
+        side[: max([i + 1 for i, n in enumerate(side) if n > 1], default=1)]
+        for side in (launch["grid"], launch["block"])
+    )
     return " x ".join("*".join(map(str, side)) for side in sides)
 
 

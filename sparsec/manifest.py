@@ -181,8 +181,9 @@ def _check_device(c: _Checker, device: dict[str, Any]) -> None:
         c.text(device[key], f"device.{key}")
     for name, launch in c.table(device["launches"], "device.launches").items():
         key = f"device.launches.{name}"
-        if set(c.table(launch, key)) != {"grid", "block"}:
-            raise c.fail(key, "grid and block", launch)
+        if set(c.table(launch, key)) != {"grid", "block", "shared"}:
+            raise c.fail(key, "grid, block and shared", launch)
+        c.number(launch["shared"], f"{key}.shared", 0, 1 << 20)
         for side in ("grid", "block"):
             extents = c.items(launch[side], f"{key}.{side}")
             if len(extents) != 3:

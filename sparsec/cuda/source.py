@@ -156,6 +156,18 @@ def reduces_across_threads(func: Any) -> bool:
     return bool(found)
 
 
+_SHARED = re.compile(r"__shared__ alignas\(\d+\) ((?:unsigned |signed )?(?:long )?\w+) \w+\[(\d+)\]")
+_SIZES = {
+    "half": 2, "short": 2, "ushort": 2, "unsigned short": 2, "double": 8, "int64_t": 8, "uint64_t": 8, "long long": 8,
+    "bool": 1, "char": 1, "uchar": 1, "signed char": 1, "unsigned char": 1, "int8_t": 1, "uint8_t": 1,
+}  # fmt: skip
+
+
+def declared_shared(source: str) -> int:
+    """Bytes of shared memory that the kernels of `source` declare together; types that are not known count four."""
+    return sum(_SIZES.get(kind, 4) * int(count) for kind, count in _SHARED.findall(source))
+
+
 def device_header() -> str:
     """`kernels/cuda/device.h`."""
     return resources.files("sparsec.kernels.cuda").joinpath("device.h").read_text(encoding="utf-8")

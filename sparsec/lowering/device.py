@@ -28,7 +28,7 @@ from tvm.s_tir import dlight
 from tvm.s_tir.dlight.analysis import normalize_prim_func
 from tvm.s_tir.dlight.base import try_inline
 
-from sparsec.cuda.source import cuda_source, launch_of, reduces_across_threads
+from sparsec.cuda.source import cuda_source, declared_shared, launch_of, reduces_across_threads
 from sparsec.errors import BuildError
 from sparsec.kernels.cuda.base import Gpu
 from sparsec.kernels.cuda.emit import MAX_GRID, MAX_THREADS, WARP
@@ -266,11 +266,13 @@ def _nest(stmt: Any, names: dict[Any, str], private: list[Any], arch: str) -> tu
         raise _Unfit(_DEPENDENT)
     if threads > MAX_THREADS or any(g > most for g, most in zip(launch.grid, MAX_GRID, strict=True)):
         raise _Unfit(f"a launch of {launch.grid} blocks of {threads} threads is beyond what CUDA takes")
-    if reduces_across_threads(func):
+    if reduces_across_threads(func) or sum(math.prod(shape_of(b)) * itemsize(b) for b in own) > STATIC_SHARED:
         try:
-            cuda_source((Kernel("kernel", func, "", launch),), arch)
+            text = cuda_source((Kernel("kernel", func, "", launch),), arch)
         except BuildError as error:
             raise _Unfit(error.message) from error
+        if declared_shared(text) > STATIC_SHARED:
+            raise _Unfit(f"a block would need {declared_shared(text)} bytes of shared memory")
     size = sum(math.prod(shape_of(b)) * itemsize(b) for b in buffers)
     flops, active = _work(stmt)
     nest = DeviceNest(

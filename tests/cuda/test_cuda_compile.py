@@ -95,7 +95,7 @@ def test_artifacts_are_complete_and_the_same_again(tmp_path: Path, arch: str, ho
     code = (made[0].path / "libmodel.so").read_bytes()
     for kernel, launch in device["launches"].items():
         assert kernel.encode() in code
-        assert set(launch) == {"grid", "block"}
+        assert set(launch) == {"grid", "block", "shared"}
     assert f".target {arch}".encode() in code, "PTX for newer devices"
     for name in ("libmodel.so", "bench"):
         head = (made[0].path / name).read_bytes()[:20]
@@ -114,7 +114,9 @@ def test_artifacts_are_complete_and_the_same_again(tmp_path: Path, arch: str, ho
 def test_a_manifest_with_a_wrong_launch_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("nvidia.cuda_nvrtc", reason="needs NVIDIA's compiler library: pip install 'sparsec[cuda]'")
     made = sparsec.compile(parse(NET), target="cuda", arch="sm_90", output=tmp_path / "net.sparsec")
-    for damage in ({"grid": [1, 1], "block": [1, 1, 1]}, {"grid": [0, 1, 1], "block": [1, 1, 1]}, {"grid": [1, 1, 1]}):
+    one = [1, 1, 1]
+    wrong = {"grid": [1, 1], "block": one, "shared": 0}, {"grid": [0, 1, 1], "block": one, "shared": 0}
+    for damage in (*wrong, {"grid": one, "block": one, "shared": -1}, {"grid": one}):
         manifest = json.loads(json.dumps(made.manifest))
         manifest["device"]["launches"]["kernel"] = damage
         with pytest.raises(ArtifactError, match=r"device\.launches\.kernel"):

@@ -15,10 +15,11 @@ from operator_cases.reference import compare, expected, model_of
 from programs import agree, parse
 
 from sparsec.cuda import nvrtc
-from sparsec.cuda.source import cuda_source, launch_of
+from sparsec.cuda.source import cuda_source, declared_shared, launch_of
 from sparsec.errors import UnsupportedError
 from sparsec.loading import load_model
 from sparsec.lowering import lower
+from sparsec.lowering.device import STATIC_SHARED
 from sparsec.lowering.generic import GenericRegion, lower_generic
 from sparsec.preflight import preflight
 from sparsec.targets import find_target, with_cpu_fallback, with_precision
@@ -111,6 +112,13 @@ def test_every_kernel_has_threads_for_its_work(lowered: Lowered) -> None:
             assert threads > 1 or step.flops <= 32, f"{name}: {threads} threads for {step.flops} operations"
             assert threads >= 32 or step.flops < 1024, f"{name}: {threads} threads for {step.flops} operations"
             assert math.prod(launch.block) <= 1024
+
+
+def test_no_kernel_asks_for_more_shared_memory_than_every_device_has(lowered: Lowered) -> None:
+    used = [declared_shared(text) for text in lowered.library.source.split('extern "C"')]
+    assert 0 < max(used) <= STATIC_SHARED
+    several = "__shared__ alignas(64) float a[8];\n__shared__ alignas(64) signed char b[32];__shared__ alignas(16) int64_t c[2];"
+    assert declared_shared(several) == 32 + 32 + 16
 
 
 @pytest.mark.parametrize("arch", ["sm_87", "sm_90"])
