@@ -187,7 +187,8 @@ def bind(
     codes = [array for array in (packed.rows, packed.centres, packed.places) if array is not None]
     constants = {"weights": packed.words.reshape(-1), "scales": packed.scales.reshape(-1)}
     if codes:  # kernels have few arguments: one array of 16-bit words
-        constants["codes"] = np.concatenate([array.reshape(-1).view(np.int16) for array in codes])
+        words = np.concatenate([array.reshape(-1).view(np.int16) for array in codes])
+        constants["codes"] = np.pad(words, (0, -words.size % 8))  # 16 bytes and multiples, as they are read
     # An empty array has no address; one zero stands for it.
     constants = {role: array if array.size else np.zeros(1, array.dtype) for role, array in constants.items()}
     constants["tables"] = np.concatenate([packed.bands, packed.pointers])

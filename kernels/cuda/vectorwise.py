@@ -43,7 +43,7 @@ EACH = 4  # pixels of a lane
 DEPTH = 32  # columns of a step
 COLUMNS = emit.WARP * EACH  # pixels of a block
 ROUND = 4  # kept columns whose loads are issued together
-REGISTERS = 160  # of a thread, about
+REGISTERS = 128  # of a thread, in the largest blocks
 UNEVEN = 1.15  # warps of a block wait for the one with the most columns of a step
 TABLE: tuple[Format, ...] = tuple(
     Format(f"cuda_conv_f32_{rows}x1", "Conv", f"{rows}x1", "float32",

