@@ -14,23 +14,19 @@ Five tables, errors measured on samples that calibration never saw:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
 import time
-import wave
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import prune_table
+from factorize_cases import FILES, Case, case, outputs, stacked, stream, thinned
+from factorize_speed import parity_rows, speed_rows
 
-FOLDER = Path(os.environ.get("SPARSEC_DATA", ""))
-FILES = {**prune_table.FILES, "nsnet2": "nsnet2.onnx"}
-FRAMES = 50  # of one sample of nsnet2
 MODELS = {"layers": ("kwt1", "squeezenet1.1"), "bytes": ("kwt1",), "speed": ("kwt1",)}
 ROWS = {
     "plain SVD": "method=plain,allocation=uniform",
@@ -40,81 +36,8 @@ ROWS = {
     "+ sparse residual": "residual=sparse",
 }
 RECOVERED = " + recover"
-ALSO = {
-    "squeezenet1.1": "include=*"
-}  # two fifths of its weights are in the last layer, which is not matched unless named
-SPEED = "forms=svd,method=plain,allocation=uniform"  # what runs how fast does not depend on the numbers
-Samples = dict[str, np.ndarray]  # [N, 1, ...] by input name: a batch of one in front of each sample
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model with what it is calibrated with and measured on; labels where there are any."""
-
-    name: str
-    load: Callable[[], Any]
-    calibration: Samples
-    held: Samples
-    labels: np.ndarray | None = None
-
-
-def thinned(given: Case, calibration: int, held: int) -> Case:
-    """With at most so many samples, evenly spread; 0: all."""
-
-    def some(samples: Samples, count: int) -> tuple[Samples, np.ndarray]:
-        total = len(next(iter(samples.values())))
-        picked = np.unique(np.linspace(0, total - 1, min(count or total, total)).round().astype(int))
-        return {name: x[picked] for name, x in samples.items()}, picked
-
-    (own, _), (other, picked) = some(given.calibration, calibration), some(given.held, held)
-    labels = None if given.labels is None else given.labels[picked]
-    return Case(given.name, given.load, own, other, labels)
-
-
-def case(name: str) -> Case:
-    """By name."""
-    from sparsec.loading import load_model
-
-    path = FOLDER / "models" / FILES[name]
-    if name == "nsnet2":
-        one, *others = (features(f) for f in sorted((FOLDER / "audio/dns").glob("*_noisy.wav")))
-        return Case(
-            name, lambda: load_model(path, {"input": (1, FRAMES, 161)}), states(one), states(np.concatenate(others))
-        )
-    (calibration, _), (x, y) = prune_table.DATA[name](FOLDER)
-    source = str(load_model(path).graph.inputs[0].name)
-    return Case(name, lambda: load_model(path), {source: calibration[:, None]}, {source: x[:, None]}, y)
-
-
-def features(path: Path) -> np.ndarray:
-    """Log power spectra of a recording, [N, FRAMES, 161]."""
-    with wave.open(str(path)) as stream:
-        x = np.frombuffer(stream.readframes(stream.getnframes()), "<i2") / 32768
-    frames = np.lib.stride_tricks.sliding_window_view(x, 320)[::160] * np.sqrt(np.hanning(321)[:-1])
-    spectra = np.log10(np.maximum(np.abs(np.fft.rfft(frames)) ** 2, 1e-12)).astype(np.float32)
-    return spectra[: len(spectra) // FRAMES * FRAMES].reshape(-1, FRAMES, 161)
-
-
-def states(x: np.ndarray) -> Samples:
-    """The inputs of nsnet2 with states of zeros."""
-    zeros = np.zeros((len(x), 1, 1, 400), np.float32)
-    return {"input": x[:, None], "h_in_1": zeros, "h_in_2": zeros}
-
-
-def outputs(model: Any, samples: Samples) -> np.ndarray:
-    """The model's first output of each sample, [N, ...]."""
-    from sparsec.passes.measure.segments import Segment
-
-    result = str(model.graph.outputs[0].name)
-    segment = Segment(model, None, [result])
-    count = len(next(iter(samples.values())))
-    parts = [segment.run({n: x[i : i + 16] for n, x in samples.items()})[result] for i in range(0, count, 16)]
-    return np.concatenate(parts)
-
-
-def stream(samples: Samples) -> list[Samples]:
-    """One dict a sample."""
-    return [{n: x[i] for n, x in samples.items()} for i in range(len(next(iter(samples.values()))))]
+# Two fifths of its weights are in the last layer, which is matched only where it is named.
+ALSO = {"squeezenet1.1": "include=*"}
 
 
 def weights(model: Any) -> int:
@@ -306,125 +229,6 @@ def accuracy(before: np.ndarray, after: np.ndarray, labels: np.ndarray | None) -
         "kl": float((np.exp(a) * (a - b)).sum(axis=1).mean()),
         "agreement": 100 * float((first.argmax(axis=1) == second.argmax(axis=1)).mean()),
     }  # fmt: skip
-
-
-def stacked(samples: Samples) -> Samples:
-    """[N, ...] without the batch of one, as `sparsec.rewrite` takes them."""
-    return {name: x[:, 0] for name, x in samples.items()}
-
-
-# ---- speed
-
-
-def speed_rows(given: Case, shares: list[float], rounds: int, keep: Path) -> Iterator[dict[str, Any]]:
-    """Compiled for this machine with ranks of at least 16: measured speed-up of the whole model (in turns) and of the layers
-    that were factorized (their steps called one by one), over the one that multiply-adds promise: all of the model's, those
-    of two activations too. `by time`: of the whole, when what was not factorized takes the time that it took."""
-    from bench.layers import layer_times_in_turns
-    from bench.turns import pinned, ratio, take_turns
-
-    import sparsec
-    from sparsec.bench import find_runtime, read_parity
-    from sparsec.loading import load_model
-    from sparsec.lowering import lower
-    from sparsec.passes.layers import weighted_layers
-    from sparsec.ports import input_spec
-    from sparsec.targets import find_target
-
-    def artifact(name: str, passes: list[str]) -> Any:
-        """From an earlier run if it is there."""
-        where = keep / f"{given.name}-{name}.sparsec"
-        if not where.exists():
-            data = stacked(given.calibration)
-            sparsec.compile(given.load(), "host", threads=1, passes=passes, calibration=data, output=where)
-        return sparsec.load(where)
-
-    def faster(before: Any, after: Any) -> float:
-        """How many times as fast, the median over rounds."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(pinned())
-            sessions = [stack.enter_context(find_runtime(None, made).open(made, 1)) for made in (before, after)]
-            bursts = {str(i): burst(session.once(read_parity(before))) for i, session in enumerate(sessions)}
-            first, second = take_turns(bursts, rounds).values()
-        return ratio(first, second).median
-
-    def layer_times(models: list[Any]) -> list[dict[str, float]]:
-        """Microseconds of each layer of the models, by name."""
-        specs = [input_spec(value) for value in models[0].graph.inputs]
-        feed = {spec.name: given.held[spec.name][0].astype(np.float32) for spec in specs}
-        programs = [lower(model, find_target("host")) for model in models]
-        found = layer_times_in_turns(programs, [feed] * len(models), rounds)
-        return [{row["name"]: row["measured_us"] for row in rows} for rows in found]
-
-    dense = artifact("dense", [])
-    for share in shares:
-        made = artifact(f"{share}", [f"factorize:flops={share},multiple=16,{SPEED}"])
-        first, second = (load_model(m.path / "model.onnx") for m in (dense, made))
-        before, after = multiply_adds(first), multiply_adds(second)
-        kept = {layer.name for layer in weighted_layers(second)}
-        changed = [layer.name for layer in weighted_layers(first) if layer.name not in kept]
-        promised, measured = sum(before.values()) / sum(after.values()), faster(dense, made)
-        row = {
-            "model": given.name, "asked": share, "layers": f"{len(changed)} of {len(list(weighted_layers(first)))}",
-            "multiply-adds": promised, "measured": measured, "of them": measured / promised,
-        }  # fmt: skip
-        if changed:
-            old, new = layer_times([first, second])
-            parts = [name for name in after if name not in before]
-            promised = sum(before[n] for n in changed) / sum(after[n] for n in parts)
-            measured = sum(old[n] for n in changed) / sum(new[n] for n in parts)
-            share_of_time = sum(old[n] for n in changed) / sum(old.values())
-            row |= {"share of time": share_of_time, "by time": 1 / (1 - share_of_time + share_of_time / promised)}
-            row |= {"layers multiply-adds": promised, "layers measured": measured, "layers of it": measured / promised}
-        yield row
-
-
-def burst(call: Callable[[], Any]) -> Callable[[int], list[float]]:
-    """Seconds of each of so many calls, after one that is not timed."""
-
-    def run(count: int) -> list[float]:
-        call()
-        seconds = []
-        for _ in range(count):
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-        return seconds
-
-    return run
-
-
-def multiply_adds(model: Any) -> dict[str, float]:
-    """Of every node that has any, by name: of a constant weight where it is not zero, of two activations all."""
-    from sparsec.passes.layers import weighted_layers
-    from sparsec.passes.pruning.allocate import positions
-
-    found = {layer.name: float(np.count_nonzero(layer.read()) * positions(layer)) for layer in weighted_layers(model)}
-    for node in model.graph:
-        if node.op_type == "MatMul" and node.name not in found:
-            found[node.name] = float(np.prod(node.outputs[0].shape.numpy())) * int(node.inputs[0].shape[-1])
-    return found
-
-
-# ---- parity
-
-
-def parity_rows(given: Case, share: float = 0.6) -> Iterator[dict[str, Any]]:
-    """Every form on, compiled for this machine and for arm: the error beside ONNX Runtime over the one that is allowed."""
-    import sparsec
-
-    forms = "forms=svd+spatial+tucker,residual=sparse,faster=false,method=plain,allocation=uniform"
-    model = sparsec.rewrite(given.load(), passes=[f"factorize:parameters={share},{forms}"])
-    nodes = [str(node.name).rpartition("/")[2] for node in model.graph]
-    for target in ("host", "arm"):
-        made = sparsec.compile(model, target, threads=1)
-        fused = [row["op"] for row in made.report["layers"] if any(n.endswith("/sum") for n in row["nodes"])]
-        parity = made.manifest["parity"]
-        yield {
-            "model": given.name, "target": target, "low rank": nodes.count("u"), "with S": nodes.count("sum"),
-            "sums in a kernel": sum(op.startswith(("Conv", "Gemm", "MatMul")) for op in fused),
-            "parity": "not run here" if parity is None else json.dumps(parity),
-        }  # fmt: skip
 
 
 # ---- writing
