@@ -173,7 +173,7 @@ def words_of(values: np.ndarray, bits: int) -> np.ndarray:
         return np.asarray((order << shifts).sum(axis=(3, 4), dtype=np.uint32)).view(np.int32)
     shifts = 8 * np.arange(4, dtype=np.uint32)
     words = (order.reshape(tiles, group // 16, 32, 2, 4) << shifts).sum(axis=4, dtype=np.uint32)
-    return np.asarray(words.transpose(0, 1, 3, 2).reshape(tiles, -1, 32)).view(np.int32)
+    return np.asarray(words.transpose(0, 1, 3, 2).reshape(tiles, group // 8, 32)).view(np.int32)
 
 
 def values_of(words: np.ndarray, bits: int, group: int) -> np.ndarray:

@@ -90,6 +90,7 @@ def test_densities_and_epilogues(element):
     silu = Activation("silu")
     check_device_layers([
         *(layer(element, 1, weight(24, 96, 4, 32, False, density)) for density in (0, 0.2, 1)),
+        layer(element, 1, weight(24, 96, 8, 32, False, -1)),  # nothing but zeros
         layer(element, 4, weight(24, 96, 4, 32, True, 0.5), residual="before", activation=silu),
         layer(element, 1, weight(24, 96, 4, 32, True, 0.5), Tiling(2, 3, 4), residual="after", activation=RELU),
         layer(element, 5, weight(1, 16, 8, 16, False, 1), with_bias=False),
