@@ -131,6 +131,8 @@ def to_working_opset(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
     version = max(versions, default=1 if standard else OPSET)
     if version == 8 and any(node.op_type == "Scan" for node in all_nodes(proto.graph)):
         raise UnsupportedError("Scan of opset 8 works on batches; export the model at opset 9 or later", where)
+    if version < 13:
+        _flatten_hardmax(proto.graph)
     if version < OPSET:
         try:
             proto = version_converter.convert_version(proto, OPSET)
@@ -148,6 +150,30 @@ def to_working_opset(proto: onnx.ModelProto, where: str) -> onnx.ModelProto:
     proto.opset_import.extend([helper.make_opsetid("", OPSET), *others])
     proto.ir_version = IR_VERSION
     return proto
+
+
+def _flatten_hardmax(graph: onnx.GraphProto) -> None:
+    """Before opset 13 a Hardmax goes over all axes from its own on; ONNX's converter does not write that out, as for Softmax."""
+    nodes: list[onnx.NodeProto] = []
+    for i, node in enumerate(graph.node):
+        for attribute in node.attribute:
+            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                _flatten_hardmax(inner)
+        if node.op_type != "Hardmax" or node.domain not in STANDARD_DOMAINS:
+            nodes.append(node)
+            continue
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+        flat, chosen, shape = (f"{node.output[0]}/{i}/{part}" for part in ("flat", "chosen", "shape"))
+        nodes += [
+            helper.make_node("Shape", [node.input[0]], [shape]),
+            helper.make_node("Flatten", [node.input[0]], [flat], axis=axis),
+            helper.make_node("Hardmax", [flat], [chosen], node.name, axis=1),
+            helper.make_node("Reshape", [chosen, shape], [node.output[0]]),
+        ]
+    if len(nodes) != len(graph.node):
+        made = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del graph.node[:]
+        graph.node.extend(made)
 
 
 def _newer(node: onnx.NodeProto, version: int) -> str:

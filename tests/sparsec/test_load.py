@@ -230,6 +230,13 @@ def test_old_opsets_are_upgraded(opset: int) -> None:
     assert_same(proto.SerializeToString(), model)
 
 
+@pytest.mark.parametrize("operator", ["Hardmax", "Softmax", "LogSoftmax"])
+@pytest.mark.parametrize("axis", ["", "<axis = 0>", "<axis = 2>"])
+def test_before_opset_13_an_axis_stood_for_all_from_it_on(operator: str, axis: str) -> None:
+    proto = text(f"g (float[2,3,4] x) => (float[2,3,4] y) {{ y = {operator}{axis}(x) }}", 11)
+    assert_same(proto.SerializeToString(), load_model(proto))
+
+
 def test_newer_opset_with_unchanged_operators_is_accepted() -> None:
     proto = text("g (float[1,3] x) => (float[1,3] y) { a = Relu(x) y = Identity(a) }", 23, ir_version=11)
     assert_finished(load_model(proto))
