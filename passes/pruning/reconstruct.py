@@ -47,6 +47,7 @@ ROUGH = 20  # iterations of a refit that is only looked at
 ITERATIONS = 60  # of conjugate gradients where factors of every support would cost more
 NEAR = 1e-10  # squared residual of a goal of unit length that conjugate gradients leave
 TINY = 1e-30  # of float32 too
+ROUNDING = 2.0**-20  # of the trace: products of float32, 16 units of them
 FLOOR = 1e-6  # of the mean of E[x^2]: keeps H positive definite where an input is always zero
 
 
@@ -109,10 +110,11 @@ class Problem:
         return x * unit
 
 
-def damp(h: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
-    """`h` [K, K] with the ridge r [K] on its diagonal, and r: half of the input's own power, half of the mean."""
+def damp(h: np.ndarray, ridge: float, least: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """`h` [K, K] with the ridge r [K] on its diagonal, and r: half of the input's own power, half of the mean; r >= `least`."""
     diagonal = np.maximum(np.diagonal(h), 0)
     r = ridge * (0.5 * diagonal + 0.5 * diagonal.mean()) + FLOOR * (diagonal.mean() or 1.0)
+    r = np.maximum(r, least)
     damped = h.copy()
     damped[np.diag_indices_from(damped)] += r
     return damped, r
@@ -141,7 +143,8 @@ def problems(
                 + 2 * trust * (1 - trust) * (np.einsum("nk,nk->n", t, start[g]))
             )
             t = own + trust * (t - own)
-        h, r = damp(h, ridge)
+        # Means that cancel leave what rounding made of the products, which is as large as they were.
+        h, r = damp(h, ridge, ROUNDING * float(np.trace(pairs.xx[g])) if centred else 0.0)
         t += start[g] * r
         yy += (start[g] ** 2) @ r
         found.append(Problem(h, t, start[g], yy))

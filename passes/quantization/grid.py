@@ -141,8 +141,10 @@ def feedback(w: np.ndarray, grid: Grid, keep: np.ndarray, h: np.ndarray) -> np.n
     """Columns of most power first; what rounding one misses goes to the others by H's inverse. H positive definite."""
     order = np.argsort(-np.diagonal(h, axis1=1, axis2=2).mean(axis=0), kind="stable")
     w, keep = w[..., order].copy(), keep[..., order]
-    inverse = np.linalg.inv(h[:, order][:, :, order])
-    upper = np.linalg.cholesky((inverse + inverse.transpose(0, 2, 1)) / 2).transpose(0, 2, 1)
+    # U with inv(H) = U^T U is inv(L) read from its end, where H read from its end is L L^T: no inverse that rounding made
+    # indefinite has to be factored.
+    lower = np.linalg.cholesky(h[:, order][:, :, order][:, ::-1, ::-1])
+    upper = np.linalg.inv(lower)[:, ::-1, ::-1]
     out = np.zeros_like(w)
     for first in range(0, w.shape[2], PANEL):
         last = min(first + PANEL, w.shape[2])

@@ -128,3 +128,17 @@ def test_groups_with_a_shorter_last_one(bits: int, asymmetric: bool, k: int) -> 
         step = spread / (high - low if asymmetric else high)
         assert (np.abs(v[..., first : first + 16] - part).max(axis=2) <= 1.01 * step).all()
         assert np.ptp(grid.scale[..., first : first + 16], axis=2).max() == 0
+
+
+def test_feedback_through_powers_that_lie_far_apart() -> None:
+    """Inputs whose powers differ by 1e14: the inverse in float64 is no longer positive definite, the matrix itself is."""
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.standard_normal((24, 24)))[0]
+    h = ((basis * np.logspace(0, -14, 24)) @ basis.T)[None]
+    h = (h + h.transpose(0, 2, 1)) / 2
+    w = rng.standard_normal((1, 4, 24))
+    grid = Grid(np.full((1, 4, 1), 0.02), np.zeros((1, 4, 1)), -127, 127)
+    keep = np.ones(w.shape, bool)
+    fed, nearest = feedback(w, grid, keep, h), grid.round(w)
+    errors = [float(np.einsum("gnk,gnk->", (v - w) @ h, v - w)) for v in (fed, nearest)]
+    assert errors[0] < errors[1]

@@ -441,3 +441,15 @@ def test_stored_numbers_that_another_operator_reads_stay() -> None:
     before, after = (quiet_session(save(m)).run(None, feeds) for m in (load_model(proto), made))
     assert [np.array_equal(a, b) for a, b in zip(before, after, strict=True)] == [False, True, True]
     assert error(after[0], before[0]) < 0.01
+
+
+def test_inputs_that_hardly_vary_around_large_means() -> None:
+    """Their covariance is what float32 left of products: without a ridge of that size it has no Cholesky factor."""
+    text = """<ir_version: 10, opset_import: ["" : 21]> g (float[1,8,3,3] x) => (float[1,8,3,3] y) { a = Add(x, c) y = Conv(a, w, b) }"""
+    proto = onnx.parser.parse_model(text)
+    for name, array in (("c", 100 * f32(8, 1, 1)), ("w", f32(8, 8, 1, 1)), ("b", f32(8))):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    made, _ = run_passes(
+        load_model(proto), ("quantize:fallback=none,samples=4",), calibration={"x": 1e-4 * f32(4, 8, 3, 3)}
+    )
+    assert Counter(node.op_type for node in made.graph)["QuantizeLinear"]
