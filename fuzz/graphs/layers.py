@@ -188,7 +188,9 @@ def normalize(d: Draft, x: Value) -> None:
         if x.rank == 4:
             d.add(op, [x.name], x.shape, dtype, size=d.among((1, 3, 5)), alpha=0.1)
     elif op == "MeanVarianceNormalization":
-        if x.rank == 4 and x.shape[0] * x.shape[2] * x.shape[3] > 3:
+        # Of an input alone: ONNX defines it by sqrt(E[x^2] - E[x]^2), which is sqrt of rounding, even of a negative number,
+        # for a channel that hardly varies, as behind a Relu.
+        if x.rank == 4 and x.shape[0] * x.shape[2] * x.shape[3] > 3 and x in d.inputs:
             d.add(op, [x.name], x.shape, dtype)
     elif op == "LpNormalization":
         d.add(op, [x.name], x.shape, dtype, axis=d.number(0, x.rank - 1), p=d.number(1, 2))
