@@ -54,7 +54,8 @@ class ExternalFiles:
         what = f"external data of tensor {tensor.name!r}"
         entries: dict[str, str] = {}
         for entry in tensor.external_data:
-            if not isinstance(entry.key, str) or not isinstance(entry.value, str):  # protobuf hands out damaged text as bytes
+            # protobuf hands out damaged text as bytes
+            if not isinstance(entry.key, str) or not isinstance(entry.value, str):
                 raise ModelError(f"{what}: {entry.value[:40]!r} is not UTF-8: the file is damaged", self.where)
             if entry.key in entries:
                 raise ModelError(f"{what}: {entry.key!r} is given twice", self.where)
