@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 ROWS, COLUMNS = 4096, 8192
 BYTES = 4 * ROWS * COLUMNS
@@ -88,9 +88,13 @@ def main() -> None:
     print(f"{seconds:.0f} s, {used.ru_utime + used.ru_stime:.0f} s of the processor")
     written = onnx.load(str(out), load_external_data=False)
     zeros = json.loads(done.stdout)["zeros"]
-    (entries,) = ({e.key: e.value for e in t.external_data} for t in written.graph.initializer if t.name == "w0")
-    file, at = out.with_name(entries["location"]), int(entries["offset"])
-    first = np.memmap(file, np.float32, "r", at, (ROWS, COLUMNS))
+    (tensor,) = (t for t in written.graph.initializer if t.name == "w0")
+    entries = {e.key: e.value for e in tensor.external_data}
+    if entries:
+        file, at = out.with_name(entries["location"]), int(entries["offset"])
+        first: np.ndarray = np.memmap(file, np.float32, "r", at, (ROWS, COLUMNS))
+    else:  # below 2 GB
+        first = numpy_helper.to_array(tensor)
     blocks = first.T.reshape(COLUMNS // 4, 4, ROWS) != 0
     torn = int((blocks.any(axis=1) != blocks.all(axis=1)).sum())
     print(f"{len(written.graph.initializer)} tensors, {100 * zeros:.1f}% zero, {torn} blocks of the first in part")
