@@ -213,7 +213,7 @@ class _Pixels:
         return self.origin + kh * w + kw, inside
 
 
-class _Gathered:
+class Gathered:
     """What `Runs` and `Elements` share: a thread's share of the units of a slot, `across` columns x `down`."""
 
     def __init__(
@@ -233,7 +233,7 @@ class _Gathered:
             self.units += [(column, pixels, unit + u) for column, pixels in self.columns]
 
 
-class Runs(_Gathered):
+class Runs(Gathered):
     """float16: 8 of the depth of a pixel at a time, as a chunk of [columns][depth]."""
 
     def __init__(self, placement: operands.Placement, *arguments: Any, run: int, depth: int) -> None:
@@ -272,7 +272,7 @@ class Runs(_Gathered):
             emit.call("sparsec_put16", target, emit.address(self.held, i * EACH))
 
 
-class Elements(_Gathered):
+class Elements(Gathered):
     """float32: one element at a time to [depth][columns]."""
 
     def __init__(self, placement: operands.Placement, *arguments: Any, depth: int) -> None:
@@ -300,7 +300,7 @@ class Elements(_Gathered):
         """Nothing is left to do."""
 
 
-def _direct(
+def direct_operand(
     shape: Shape, element: str, item: int, pitch: int, first: Any, channel: Any, step_depth: int
 ) -> operands.Source:
     """The source of x as the right side: `pitch` columns to an image."""
@@ -357,7 +357,7 @@ def bind(
         place = tile.right(turned)
         b: operands.Operand
         if direct:
-            source = _direct(shape, element, gpu.item, pitch, first[1], channel, tile.depth)
+            source = direct_operand(shape, element, gpu.item, pitch, first[1], channel, tile.depth)
             unit = operands.unit_of(pixels, item=gpu.item)
             b = operands.Chunks(place, named["x"], _later(source, part * steps), unit, tile.threads, thread)
         else:

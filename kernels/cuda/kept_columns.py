@@ -197,7 +197,7 @@ class Planes(_Listed):
         return T.if_then_else(inside, (image * c + number) * pixels + pixel, 0), valid
 
 
-class _Kept(conv._Gathered):
+class _Kept(conv.Gathered):
     """What `Pixels` and `Elements` share: which taps of a thread's pixels lie inside x."""
 
     def __init__(self, placement: Placement, x: Any, words: Any, begin: Any, shape: Shape, *arguments: Any) -> None:

@@ -378,7 +378,7 @@ def right_side(tile: SparseTile, x: Any, shape: Shape, first: Any, thread: Any) 
     pitch, direct = shape.pitch("float16"), shape.direct("float16")
     place = tile.right(not direct)
     if direct:
-        source = conv._direct(shape, "float16", 2, pitch, first, 0, tile.depth)
+        source = conv.direct_operand(shape, "float16", 2, pitch, first, 0, tile.depth)
         unit = operands.unit_of(shape.pixels, item=2)
         return operands.Chunks(place, x, source, unit, tile.threads, thread)
     run = shape.run("float16")
