@@ -42,7 +42,7 @@ TALL = 16  # rows of a warp
 EACH = 4  # pixels of a lane
 DEPTH = 32  # columns of a step
 COLUMNS = emit.WARP * EACH  # pixels of a block
-ROUND = 4  # kept columns whose loads are issued together
+ROUND = 16  # weights whose loads are issued together, of 4 columns of 4x1 or 2 of 8x1: more of these spill registers
 REGISTERS = 128  # of a thread, in the largest blocks
 UNEVEN = 1.15  # warps of a block wait for the one with the most columns of a step
 TABLE: tuple[Format, ...] = tuple(
@@ -228,12 +228,12 @@ def _product(
     thread: Any, store: PlaneStore,
 ) -> None:  # fmt: skip
     """What one thread does: sums of TALL rows and EACH columns over all steps, then `store`."""
-    rows, own = packed.rows, TALL // packed.rows
+    rows, own, each = packed.rows, TALL // packed.rows, ROUND // packed.rows
     size = DEPTH * COLUMNS
     room = emit.shared(tiling.stages * size)
     lane, warp = T.bind(thread % emit.WARP), T.bind(thread // emit.WARP)
     sums = emit.local(TALL * EACH)
-    x, weights = emit.local(ROUND * EACH), emit.local(ROUND * rows)
+    x, weights = emit.local(each * EACH), emit.local(ROUND)
     for i in range(TALL * EACH):
         T.buffer_store(sums, T.float32(0), [i])
 
@@ -254,7 +254,7 @@ def _product(
                         i = (j * rows + r) * EACH + c
                         T.buffer_store(sums, weights[u * rows + r] * x[u * EACH + c] + sums[i], [i])
 
-        tir.in_rounds(end - begin, ROUND, some)
+        tir.in_rounds(end - begin, each, some)
 
     ahead = tiling.stages - 1
     for step in range(ahead):
