@@ -8,7 +8,7 @@ independent:
     relu      of N(m, s^2):  mean' = m P + s p,  second moment = (m^2 + s^2) P + m s p    with P, p of m / s
     add       sums
 
-and each convolution is normalised to N(beta, gamma^2) by them: as BatchNormalization, whose running statistics they
+and each convolution is normalized to N(beta, gamma^2) by them: as BatchNormalization, whose running statistics they
 then are, or folded into weight and bias, as exporters write it. With beta near gamma / 2 a ReLU passes 0.55 of the
 assumed variance but only 0.5 of a much larger one: a wrong assumption about the image fades from layer to layer, and
 activations stay of order 1 at any depth.

@@ -14,11 +14,12 @@ from typing import Any
 
 import tvm
 import tvm_ffi
-from tvm import ir, s_tir, tirx
+from tvm import ir, tirx
 from tvm.ir import PointerType, PrimType
 from tvm.tirx.build import codegen_build
 
 from sparsec.errors import BuildError
+from sparsec.phases import BUILD_ERRORS, last_line, over_pointers, phases
 from sparsec.program import MAX_ARGS, Kernel
 from sparsec.targets import Target
 
@@ -29,49 +30,14 @@ def tvm_target(target: Target) -> Any:
     return plain.with_host(plain)
 
 
-def _lowering_passes(target: Any) -> list[Any]:
-    """TVM's own phases from scheduled TIR to flat, vectorized loops, in order.
-
-    Left out of TVM's default list: what is for GPUs, and `CanonicalizeLoop`, which in 0.27 loses the offset of an outer
-    loop inside the bounds of a loop nested in it (`for t in (b, e): for i in (t % 6, ...)` reads t as t - b).
-    """
-    return [
-        tirx.transform.BindTarget(target),
-        s_tir.transform.LowerInitBlock(),
-        s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
-        s_tir.transform.ConvertBlocksToOpaque(),
-        s_tir.transform.CompactBufferAllocation(),
-        s_tir.transform.LowerMatchBuffer(),
-        s_tir.transform.StmtSimplify(),
-        s_tir.transform.LowerOpaqueBlock(),
-        tirx.transform.FlattenBuffer(),
-        tirx.transform.NarrowDataType(32),
-        tirx.transform.VectorizeLoop(True),
-        tirx.transform.StorageRewrite(),
-        tirx.transform.UnrollLoop(),
-        s_tir.transform.RenormalizeSplitPattern(),
-        tirx.transform.StmtSimplify(),
-        s_tir.transform.RewriteUnsafeSelect(),
-        tirx.transform.CommonSubexprElim(),
-    ]
-
-
 def _plain_c(func: Any) -> Any:
     """`func` with each buffer parameter replaced by a pointer, padded to MAX_ARGS pointers, then begin and end."""
-    pointers, declarations, scalars = [], [], []
-    for param in func.params:
-        if tirx.is_buffer_var(param):
-            pointer = tirx.Var(param.name, PointerType(PrimType(str(param.dtype))))
-            pointers.append(pointer)
-            declarations.append(tirx.DeclBuffer(param, data=pointer))
-        else:
-            scalars.append(param)
+    pointers, scalars, body = over_pointers(func)
     if len(pointers) > MAX_ARGS or len(scalars) != 2:
         raise BuildError(
             f"a kernel takes at most {MAX_ARGS} buffers and (begin, end), got {len(pointers)} and {len(scalars)}"
         )
     unused = [tirx.Var(f"unused{i}", PointerType(PrimType("uint8"))) for i in range(MAX_ARGS - len(pointers))]
-    body = tirx.SeqStmt([*declarations, func.body]) if declarations else func.body
     return tirx.PrimFunc([*pointers, *unused, *scalars], body, func.ret_type, func.attrs)
 
 
@@ -111,7 +77,7 @@ def lower_kernels(kernels: tuple[Kernel, ...], target: Target) -> Any:
     for kernel in kernels:
         functions[kernel.name] = kernel.func.with_attrs({"global_symbol": kernel.name, "tirx.noalias": True})
     bound = tvm_target(target)
-    module = ir.transform.Sequential(_lowering_passes(bound))(tvm.IRModule(functions))
+    module = ir.transform.Sequential(phases(bound))(tvm.IRModule(functions))
     plain = {var: _plain_c(func) for var, func in module.functions.items()}
     if target.arch == "aarch64":
         plain = {var: _with_fmax(func) for var, func in plain.items()}
@@ -131,8 +97,8 @@ def assembly(kernels: tuple[Kernel, ...], target: Target) -> str:
 def _machine_code(kernels: tuple[Kernel, ...], target: Target, use: Callable[[Any], Any]) -> Any:
     try:
         return use(codegen_build(lower_kernels(kernels, target), tvm_target(target).host))
-    except (tvm.error.InternalError, RuntimeError, ValueError, TypeError) as error:
-        raise BuildError(f"TVM could not build {len(kernels)} kernels: {_last_line(error)}", target.name) from error
+    except BUILD_ERRORS as error:
+        raise BuildError(f"TVM could not build {len(kernels)} kernels: {last_line(error)}", target.name) from error
 
 
 def argument_bytes(kernel: Kernel) -> tuple[int, ...]:
@@ -151,8 +117,3 @@ def same_code(a: Kernel, b: Kernel) -> bool:
 def kernel_text(kernel: Kernel) -> str:
     """The kernel's TIR as TVM script."""
     return kernel.func.script()
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

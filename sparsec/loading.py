@@ -1,8 +1,8 @@
-"""load: a model file to a checked, normalised `onnx_ir.Model` at one working opset with static shapes.
+"""load: a model file to a checked, normalized `onnx_ir.Model` at one working opset with static shapes.
 
 All of it happens in a process of its own (`sparsec.isolation`), within `Limits`: the file is untrusted, and checker,
 version converter, shape inference and ONNX Runtime are C++. What comes back has been through each of them: the line of
-`sparsec.normalise`, then one run in ONNX Runtime.
+`sparsec.normalize`, then one run in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from sparsec.exchange import pack, unpack
 from sparsec.external_data import ExternalFiles
 from sparsec.isolation import Allowance, Worker, call
 from sparsec.limits import DEFAULT, MEMORY_FACTOR, Limits
-from sparsec.normalise import load_here
-from sparsec.passes.normalisation.fold_constants import quiet_session
+from sparsec.normalize import load_here
+from sparsec.passes.normalization.fold_constants import quiet_session
 from sparsec.reading import read_proto, read_source
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -37,7 +37,7 @@ def load_model(
     notes: list[str] | None = None,
     limits: Limits = DEFAULT,
 ) -> ir.Model:
-    """The model, checked and normalised; the caller's object is left alone.
+    """The model, checked and normalized; the caller's object is left alone.
 
     `shapes`: input name -> full shape. `bind`: input name -> value (number, sequence, array or text such as "16000" or
     "0.5+1"), fixed as a constant. `notes` receives one line for everything a user should be told, such as a symbolic

@@ -18,7 +18,7 @@ from onnx import helper, inliner, numpy_helper, version_converter
 
 from sparsec.errors import ModelError, UnsupportedError, one_line
 from sparsec.functions import function_body
-from sparsec.passes.normalisation.import_qoperator import IMPORTED
+from sparsec.passes.normalization.import_qoperator import IMPORTED
 
 OPSET = 21  # what passes and lowering see; ONNX Runtime >= 1.20 runs it
 IR_VERSION = 10  # of opset 21

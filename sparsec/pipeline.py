@@ -20,7 +20,7 @@ from sparsec.errors import CheckError, RecipeError, SparsecError, UsageError, on
 from sparsec.exchange import large, without_data
 from sparsec.loading import model_bytes
 from sparsec.pass_specs import PassStep, as_step
-from sparsec.passes.normalisation.fold_constants import quiet_session
+from sparsec.passes.normalization.fold_constants import quiet_session
 from sparsec.passes_api import META_KEY, Context, Price, Progress, Samples
 from sparsec.ports import input_spec
 from sparsec.rounding import Rounding, allowed_count, beyond, rounding

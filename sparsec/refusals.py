@@ -9,8 +9,8 @@ from sparsec.errors import ModelError, UnsupportedError
 from sparsec.external_data import RANK
 from sparsec.limits import Limits
 from sparsec.opsets import STANDARD_DOMAINS, listed
-from sparsec.passes.normalisation.fold_constants import constant, has_subgraph, static_shape
-from sparsec.passes.normalisation.unroll_recurrent import RECURRENT, refusal
+from sparsec.passes.normalization.fold_constants import constant, has_subgraph, static_shape
+from sparsec.passes.normalization.unroll_recurrent import RECURRENT, refusal
 
 
 def refuse_types(graph: ir.Graph, where: str) -> None:

@@ -32,8 +32,8 @@ import onnx
 import onnx_ir as ir
 from onnx import helper
 
-from sparsec.passes.normalisation.fold_constants import constant
-from sparsec.passes.normalisation.normalize_qdq import MOVES
+from sparsec.passes.normalization.fold_constants import constant
+from sparsec.passes.normalization.normalize_qdq import MOVES
 from sparsec.runtimes.ort import OrtSession
 from sparsec.tolerance import behind_half, derive_stored_half_tolerance, derive_tolerance
 

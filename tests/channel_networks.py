@@ -99,7 +99,7 @@ class Network:
         hidden = self.activate(self.conv(mean, 4))
         return self.add("Mul", [x, self.add("Sigmoid", [self.conv(hidden, c)], (n, c, 1, 1))], (n, c, h, w))
 
-    def normalise(self, x: str) -> str:
+    def normalize(self, x: str) -> str:
         n, c, h, w = self.values[x]
         # The deviation of one value from its own mean is nothing but rounding.
         kind = self.among(("batch", "group", "layer", *(("instance",) if h * w > 1 else ())))
@@ -270,7 +270,7 @@ class Network:
 
 STEPS = (
     "conv", "conv", "conv", "conv", "grouped", "grouped", "deconv", "shared", "quantized", "residual", "residual",
-    "gate", "normalise", "normalise", "activate", "activate", "join", "join", "split", "slice", "gather", "pad",
+    "gate", "normalize", "normalize", "activate", "activate", "join", "join", "split", "slice", "gather", "pad",
     "tile", "space", "resize", "shuffle", "attention",
 )  # fmt: skip
 

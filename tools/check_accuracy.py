@@ -53,7 +53,7 @@ def top1(samples: Callable[[Path, int], Iterator[tuple[Arrays, int]]]) -> Callab
 
 
 def imagenet(name: str) -> Callable[[Path, int], Iterator[tuple[Arrays, int]]]:
-    """Photographs, resized to 256, cropped to 224, normalised."""
+    """Photographs, resized to 256, cropped to 224, normalized."""
 
     def samples(data: Path, share: int) -> Iterator[tuple[Arrays, int]]:
         from sparsec.data import load_data

@@ -107,7 +107,7 @@ def quantized_then_pruned(dense: Any, pruned: Any, passes: list[str], data: Any)
 def stored(model: Any) -> tuple[int, int, float]:
     """Weights in integers, in floats, and the share of zeros among all."""
     from sparsec.passes.layers import weighted_layers
-    from sparsec.passes.normalisation.fold_constants import constant
+    from sparsec.passes.normalization.fold_constants import constant
 
     floats = [layer.read() for layer in weighted_layers(model)]
     integers = []

@@ -1,6 +1,6 @@
 """A model through the compiler, against ONNX Runtime.
 
-    loaded    = ONNX Runtime on the model as it was drawn     what upgrading, folding and normalising made of it
+    loaded    = ONNX Runtime on the model as it was drawn     what upgrading, folding and normalizing made of it
     compiled  = ONNX Runtime on the rewritten model           what passes left to lowering and kernels
 
 Real numbers: |difference| <= T max|y| + 8 W. T is derived from the lengths of the sums (`sparsec.tolerance`). W is how far
@@ -27,8 +27,8 @@ from sparsec.inprocess import InProcess
 from sparsec.limits import Limits
 from sparsec.loading import load_model, model_bytes
 from sparsec.lowering import lower
-from sparsec.passes.normalisation.fold_constants import quiet_session
-from sparsec.passes.normalisation.widen import Widen
+from sparsec.passes.normalization.fold_constants import quiet_session
+from sparsec.passes.normalization.widen import Widen
 from sparsec.passes.quantization.ports import QuantizedPorts
 from sparsec.pipeline import run_passes
 from sparsec.ports import input_spec

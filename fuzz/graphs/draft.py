@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from sparsec.opsets import OPSET
-from sparsec.passes.normalisation.fold_constants import quiet_session
+from sparsec.passes.normalization.fold_constants import quiet_session
 
 F16, F32, F64 = np.dtype("f2"), np.dtype("f4"), np.dtype("f8")
 I8, U8, I32, I64, BOOL = np.dtype("i1"), np.dtype("u1"), np.dtype("i4"), np.dtype("i8"), np.dtype("?")

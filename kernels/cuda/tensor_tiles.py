@@ -29,15 +29,13 @@ from sparsec.kernels.cuda.operands import Operand, Placement
 EACH = 8  # float16 of a chunk
 
 
-@dataclass(frozen=True)
-class TensorTile:
-    """A block's tile of `rows` x `columns`, `depth` a step, `warps` along rows and columns."""
+class WarpTile:
+    """A tile that is divided among warps: what its kinds have in common."""
 
     rows: int
     columns: int
     depth: int
     warps: tuple[int, int]
-    stages: int
 
     def __str__(self) -> str:
         return f"{self.rows}x{self.columns}x{self.depth}"
@@ -51,6 +49,17 @@ class TensorTile:
     def warp(self) -> tuple[int, int]:
         """Rows and columns of a warp."""
         return self.rows // self.warps[0], self.columns // self.warps[1]
+
+
+@dataclass(frozen=True)
+class TensorTile(WarpTile):
+    """A block's tile of `rows` x `columns`, `depth` a step, `warps` along rows and columns."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: tuple[int, int]
+    stages: int
 
     @property
     def shared(self) -> int:

@@ -30,7 +30,7 @@ from sparsec.kernels.cuda.conv import Shape
 from sparsec.kernels.cuda.gemm import Plan
 from sparsec.kernels.cuda.operands import Operand, Placement
 from sparsec.kernels.cuda.stores import PlaneStore, RowStore
-from sparsec.kernels.cuda.tensor_tiles import EACH
+from sparsec.kernels.cuda.tensor_tiles import EACH, WarpTile
 from sparsec.kernels.cuda.two_four_form import SLICE, STEP
 from sparsec.kernels.epilogue import NONE, Activation, Residual
 from sparsec.program import Launch
@@ -45,7 +45,7 @@ SPEEDUP = 1.6  # of an instruction over the dense ones it stands for: 2 on sm_8x
 
 
 @dataclass(frozen=True)
-class SparseTile:
+class SparseTile(WarpTile):
     """A block's tile of `rows` outputs x `columns`, 64 of the depth a step, `warps` along rows and columns."""
 
     rows: int
@@ -53,19 +53,6 @@ class SparseTile:
     warps: tuple[int, int]
     stages: int
     depth: int = STEP
-
-    def __str__(self) -> str:
-        return f"{self.rows}x{self.columns}x{self.depth}"
-
-    @property
-    def threads(self) -> int:
-        """Of a block."""
-        return emit.WARP * self.warps[0] * self.warps[1]
-
-    @property
-    def warp(self) -> tuple[int, int]:
-        """Rows and columns of a warp."""
-        return self.rows // self.warps[0], self.columns // self.warps[1]
 
     @property
     def shared(self) -> int:

@@ -26,7 +26,7 @@ import onnx_ir as ir
 from sparsec.passes.channels.tie_moves import pad_amounts, reshape_runs, slice_index
 from sparsec.passes.channels.tie_rules import POINTWISE
 from sparsec.passes.channels.ties import Unknown, ints
-from sparsec.passes.normalisation.fold_constants import constant, quiet_session, static_shape
+from sparsec.passes.normalization.fold_constants import constant, quiet_session, static_shape
 
 
 @dataclass(frozen=True)

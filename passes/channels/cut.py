@@ -24,7 +24,7 @@ import onnx_ir as ir
 from sparsec.passes.channels.coupling import ChannelClass
 from sparsec.passes.channels.tie_moves import pad_amounts, slice_index
 from sparsec.passes.initializers import add_initializer
-from sparsec.passes.normalisation.fold_constants import constant, remove_unused_initializers, static_shape
+from sparsec.passes.normalization.fold_constants import constant, remove_unused_initializers, static_shape
 
 Removal = tuple[ChannelClass, np.ndarray]  # the class, and a mask [units] of what goes
 Kept = dict[tuple[ir.Value, int], np.ndarray]  # value, axis -> mask of the positions that stay

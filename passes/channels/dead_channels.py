@@ -17,7 +17,7 @@ from sparsec.passes.channels.constant_channels import Channels, constant_channel
 from sparsec.passes.channels.coupling import ChannelClass, WeightAxis
 from sparsec.passes.channels.cut import Removal, zero
 from sparsec.passes.initializers import add_initializer
-from sparsec.passes.normalisation.fold_constants import constant, static_shape
+from sparsec.passes.normalization.fold_constants import constant, static_shape
 
 
 def dead_units(classes: Sequence[ChannelClass], width: int, known: Mapping[ir.Value, Channels]) -> list[Removal]:

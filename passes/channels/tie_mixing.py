@@ -1,4 +1,4 @@
-"""Ties of what mixes positions of an axis: normalisation, Softmax, reductions, orders, windows."""
+"""Ties of what mixes positions of an axis: normalization, Softmax, reductions, orders, windows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparsec.passes.channels.ties import Rule, Ties, Unknown, every_input, ints, pin_space, row_parameters, shape_of
-from sparsec.passes.normalisation.fold_constants import constant
+from sparsec.passes.normalization.fold_constants import constant
 
 REDUCTIONS = (
     "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparsec.passes.channels.ties import Merge, Rule, Ties, Unknown, every_input, ints, pin_space, shape_of
-from sparsec.passes.normalisation.fold_constants import constant
+from sparsec.passes.normalization.fold_constants import constant
 
 
 def _string(ties: Ties, parts: Sequence[ir.Value | None], whole: ir.Value | None, along: int) -> None:

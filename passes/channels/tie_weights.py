@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparsec.passes.channels.ties import Rule, Ties, Unknown, every_input, pin_space, row_parameters, shape_of
-from sparsec.passes.normalisation.fold_constants import constant
+from sparsec.passes.normalization.fold_constants import constant
 
 
 def _weight(ties: Ties, node: ir.Node) -> ir.Value:

@@ -14,7 +14,7 @@ itself, applying it to the inputs is the same as applying it to the output. Exam
     reductions            nothing along the reduced axis: a sum does not care for the order
 
 An atom is pinned if it may not move; a rule that does not know pins. In a `Ties` made for cutting (channels removed,
-not moved) normalisations, Softmax and reductions pin the axis they mix, and groups of a convolution stay equal.
+not moved) normalizations, Softmax and reductions pin the axis they mix, and groups of a convolution stay equal.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from sparsec.passes.normalisation.fold_constants import constant, static_shape
+from sparsec.passes.normalization.fold_constants import constant, static_shape
 
 Role = Literal["row", "column"]
 SEVERAL_OUTPUTS = ("GRU", "LSTM", "RNN", "Split", "TopK")  # their rules follow each of them

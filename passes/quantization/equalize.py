@@ -32,7 +32,7 @@ import onnx_ir as ir
 
 from sparsec.passes.layers import WeightedLayer, as_layer
 from sparsec.passes.measure.statistics import Activations
-from sparsec.passes.normalisation.fold_constants import constant, static_shape
+from sparsec.passes.normalization.fold_constants import constant, static_shape
 from sparsec.passes_api import Samples
 
 Equalize = Literal["none", "weights", "activations"]

@@ -25,7 +25,7 @@ from onnx_ir.passes import common
 from sparsec.passes.initializers import add_initializer
 from sparsec.passes.layers import WEIGHTED, WeightedLayer, as_layer
 from sparsec.passes.measure.replay import goal_of
-from sparsec.passes.normalisation.fold_constants import constant
+from sparsec.passes.normalization.fold_constants import constant
 
 ACTIVATIONS = ("Relu", "Clip")
 MOVES = (

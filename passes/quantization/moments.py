@@ -27,7 +27,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparsec.passes.layers import WeightedLayer, as_layer
-from sparsec.passes.normalisation.fold_constants import constant, static_shape
+from sparsec.passes.normalization.fold_constants import constant, static_shape
 from sparsec.passes.quantization.equalize import kept_axis
 
 LAYOUT = ("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")

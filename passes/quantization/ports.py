@@ -3,7 +3,7 @@
     x -> Q(s, z) -> ...                 x 8 bits -> ...           where every reader of x is that QuantizeLinear
     q -> DQ(s, z) -> y                  q = y, 8 bits             where a QuantizeLinear(s, z) made q
 
-Operators that only move or select values (`sparsec.passes.normalisation.normalize_qdq.MOVES`) may stand between and move the integers
+Operators that only move or select values (`sparsec.passes.normalization.normalize_qdq.MOVES`) may stand between and move the integers
 instead. The caller then does what the removed node did: real = s * (q - z), per tensor; names and shapes stay.
 
 What a port of 8 bits means is read off the graph (`port_quantization`), so that a model which came with such ports is as
@@ -19,9 +19,9 @@ from typing import ClassVar
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from sparsec.passes.normalisation.fold_constants import remove_unused_initializers
-from sparsec.passes.normalisation.normalize_qdq import MOVES, quantization, same
-from sparsec.passes.normalisation.normalize_qdq import Quantization as Parameters
+from sparsec.passes.normalization.fold_constants import remove_unused_initializers
+from sparsec.passes.normalization.normalize_qdq import MOVES, quantization, same
+from sparsec.passes.normalization.normalize_qdq import Quantization as Parameters
 from sparsec.passes_api import Context, Pass, PassResult
 from sparsec.ports import Quantization
 

@@ -35,7 +35,7 @@ import onnx_ir as ir
 from sparsec.errors import RecipeError
 from sparsec.passes.layers import WEIGHTED, WeightedLayer, weighted_layers
 from sparsec.passes.measure.trial import pick_samples
-from sparsec.passes.normalisation.fold_constants import remove_unused_initializers
+from sparsec.passes.normalization.fold_constants import remove_unused_initializers
 from sparsec.passes.quantization.equalize import Equalize, equalize, scaled
 from sparsec.passes.quantization.fallback import (
     LIMIT,

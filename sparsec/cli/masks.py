@@ -133,7 +133,7 @@ def _damage(original: onnx_ir.Model, data: str, preprocess: str | None, say: Any
     from sparsec.data import load_data
     from sparsec.loading import model_bytes
     from sparsec.passes.measure.fidelity import Fidelity
-    from sparsec.passes.normalisation.fold_constants import quiet_session
+    from sparsec.passes.normalization.fold_constants import quiet_session
     from sparsec.ports import input_spec
 
     samples = load_data(data, [input_spec(x) for x in original.graph.inputs], preprocess)

@@ -17,10 +17,10 @@ from typing import Any
 import tvm
 import tvm_ffi
 from tvm import ir, s_tir, tirx
-from tvm.ir import PointerType, PrimType
 
 from sparsec.errors import BuildError
 from sparsec.kernels.cuda.emit import SHARED
+from sparsec.phases import BUILD_ERRORS, last_line, over_pointers, phases
 from sparsec.program import Kernel, Launch
 
 PRELUDE = """\
@@ -67,29 +67,9 @@ def launch_of(func: Any) -> Launch:
 
 
 def _passes(target: Any) -> list[Any]:
-    """TVM's own phases from scheduled TIR to flat code of one thread, in order."""
+    """What is for every target, then what threads that share memory need."""
     return [
-        tirx.transform.BindTarget(target),
-        s_tir.transform.LowerCrossThreadReduction(),
-        s_tir.transform.LowerInitBlock(),
-        s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
-        s_tir.transform.ConvertBlocksToOpaque(),
-        s_tir.transform.LiftThreadBinding(),
-        s_tir.transform.CompactBufferAllocation(),
-        s_tir.transform.LowerMatchBuffer(),
-        s_tir.transform.StmtSimplify(),
-        s_tir.transform.UnifyThreadBinding(),
-        s_tir.transform.LowerOpaqueBlock(),
-        tirx.transform.FlattenBuffer(),
-        tirx.transform.NarrowDataType(32),
-        tirx.transform.VectorizeLoop(True),
-        s_tir.transform.InjectVirtualThread(),
-        tirx.transform.StorageRewrite(),
-        tirx.transform.UnrollLoop(),
-        s_tir.transform.RenormalizeSplitPattern(),
-        tirx.transform.StmtSimplify(),
-        s_tir.transform.RewriteUnsafeSelect(),
-        tirx.transform.CommonSubexprElim(),
+        *phases(target, device=True),
         s_tir.transform.ThreadSync("shared"),
         s_tir.transform.ThreadSync("warp"),
         s_tir.transform.LowerThreadAllreduce(),
@@ -99,14 +79,10 @@ def _passes(target: Any) -> list[Any]:
 
 def _device(func: Any, name: str, target: Any, launch: Launch) -> Any:
     """`func` over pointers, marked as a kernel."""
-    pointers, declarations = [], []
-    for param in func.params:
-        if not tirx.is_buffer_var(param):
-            raise BuildError(f"a kernel for CUDA takes buffers only, got {param.name!r}", name)
-        pointer = tirx.Var(param.name, PointerType(PrimType(str(param.dtype)), "global"))
-        pointers.append(pointer)
-        declarations.append(tirx.DeclBuffer(param, data=pointer))
-    plain = tirx.PrimFunc(pointers, tirx.SeqStmt([*declarations, func.body]), func.ret_type, func.attrs)
+    pointers, others, body = over_pointers(func, "global")
+    if others:
+        raise BuildError(f"a kernel for CUDA takes buffers only, got {others[0].name!r}", name)
+    plain = tirx.PrimFunc(pointers, body, func.ret_type, func.attrs)
     bound = [axis for axis, extent in zip(_AXES, (*launch.grid, *launch.block), strict=True) if extent > 1]
     return plain.with_attrs({
         "global_symbol": name, "calling_conv": 2, "target": target, "tirx.is_global_func": True,
@@ -133,11 +109,8 @@ def cuda_source(kernels: tuple[Kernel, ...], arch: str) -> str:
         }
         module = tirx.transform.LowerIntrin()(tvm.IRModule(plain))
         text = str(tvm.get_global_func("target.build.cuda")(module, target).inspect_source())
-    except (tvm.error.InternalError, RuntimeError, ValueError, TypeError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise BuildError(
-            f"TVM could not build {len(kernels)} kernels: {lines[-1].strip() if lines else error}", arch
-        ) from error
+    except BUILD_ERRORS as error:
+        raise BuildError(f"TVM could not build {len(kernels)} kernels: {last_line(error)}", arch) from error
     body = text[text.index('extern "C"') :] if 'extern "C"' in text else ""
     body = body.replace("__activemask()", "sparsec_warp_mask()")
     if _IN_STEP.search(body):

@@ -25,7 +25,7 @@ from sparsec.kernels import planes, pool_int8
 from sparsec.kernels.quantized import QuantType
 from sparsec.lowering.match import attribute, constant, dims, only_consumer
 from sparsec.lowering.quantized import source, type_of
-from sparsec.passes.normalisation.normalize_qdq import MOVES
+from sparsec.passes.normalization.normalize_qdq import MOVES
 
 
 def move_integers(model: ir.Model) -> ir.Model:

@@ -15,7 +15,7 @@ from sparsec import cli, pipeline, reading, saving
 from sparsec.errors import UsageError
 from sparsec.limits import Limits
 from sparsec.loading import load_model, model_bytes
-from sparsec.passes.normalisation.fold_constants import quiet_session
+from sparsec.passes.normalization.fold_constants import quiet_session
 from sparsec.passes.pruning import prune
 from sparsec.saving import save_model
 

@@ -121,14 +121,14 @@ def test_other_resolutions_and_widths(name: str, resolution: int) -> None:
     assert _session(model).run(None, {"input": image})[0].shape == (1, 7)
 
 
-def test_both_forms_of_normalisation_are_there() -> None:
+def test_both_forms_of_normalization_are_there() -> None:
     def counts(name: str) -> tuple[int, int]:
         nodes = models.build(name, resolution=64, width=0.25).graph.node
         return sum(n.op_type == "BatchNormalization" for n in nodes), sum(n.op_type == "Conv" for n in nodes)
 
     for name in ("mobilenet_v2", "resnet18", "resnet50"):
-        normalised, convs = counts(name)
-        assert normalised == convs, name
+        normalized, convs = counts(name)
+        assert normalized == convs, name
     for name in ("mobilenet_v1", "squeezenet", "efficientnet_lite0"):
         assert counts(name)[0] == 0, name
 

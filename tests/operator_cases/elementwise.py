@@ -1,4 +1,4 @@
-"""Arithmetic by element, reductions, normalisation."""
+"""Arithmetic by element, reductions, normalization."""
 
 from __future__ import annotations
 

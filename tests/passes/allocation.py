@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparsec.passes.layers import WeightedLayer, select_layers
-from sparsec.passes.normalisation.fold_constants import FoldConstants
+from sparsec.passes.normalization.fold_constants import FoldConstants
 from tests.passes.conftest import parse
 
 NET = """g (float[1,3,6,6] x) => (float[1,5] y, float[1,4,6,6] side) {

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from sparsec.passes.normalisation.fold_constants import FoldConstants
+from sparsec.passes.normalization.fold_constants import FoldConstants
 from sparsec.passes_api import Pass
 from sparsec.pipeline import check_equal
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from sparsec.passes.normalisation.fold_constants import FoldConstants, constant, quiet_session
+from sparsec.passes.normalization.fold_constants import FoldConstants, constant, quiet_session
 from sparsec.passes_api import Context, Stacked
 from tests.passes.conftest import parse, save
 

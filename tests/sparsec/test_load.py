@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sparsec.errors import ModelError, SparsecError, UnsupportedError, UsageError
 from sparsec.loading import load_model, model_bytes
 from sparsec.opsets import IR_VERSION, OPSET
-from sparsec.passes.normalisation.fold_constants import static_shape
+from sparsec.passes.normalization.fold_constants import static_shape
 from sparsec.pipeline import ROUNDED_AGAIN, relative_error, sample_inputs
 from sparsec.tolerance import derive_tolerance
 
@@ -202,7 +202,7 @@ def test_wrong_bind(bind: dict, message: str) -> None:
         load_model(proto, bind=bind)
 
 
-# ---- normalisation
+# ---- normalization
 
 
 def test_nodes_get_stable_unique_names() -> None:
@@ -258,7 +258,7 @@ def test_initializers_that_are_inputs_are_constants() -> None:
     assert notes == ["1 inputs have default values and became constants"]
 
 
-def test_everything_is_normalised_together() -> None:
+def test_everything_is_normalized_together() -> None:
     proto = text(
         """g (float[N,3,8,8] x) => (float[N,10] y) <int64[8] p = {0, 0, 1, 1, 0, 0, 1, 1}> {
             q = Pad(x, p)

@@ -6,7 +6,7 @@ import pytest
 from sparsec.lowering import lower
 from sparsec.lowering.predict import layer_price
 from sparsec.passes.layers import select_layers, weighted_layers
-from sparsec.passes.normalisation.fold_constants import FoldConstants
+from sparsec.passes.normalization.fold_constants import FoldConstants
 from sparsec.targets import find_target
 from tests.passes.conftest import parse
 

@@ -16,7 +16,7 @@ from sparsec.lowering.prices import SPARSE_FROM, Bound, Prices, Way, choose
 from sparsec.lowering.rules.base import Context, Emitter, Taken, declare, emit_simple, float_input, node_names, record
 from sparsec.lowering.rules.product import bind_product
 from sparsec.lowering.structure import detect_structure
-from sparsec.passes.normalisation.windows import automatic_pads
+from sparsec.passes.normalization.windows import automatic_pads
 from sparsec.tuning import Choices
 
 

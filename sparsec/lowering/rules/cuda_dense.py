@@ -15,11 +15,11 @@ import onnx_ir as ir
 from sparsec.kernels.cuda import conv, depthwise, gemm, gemv, normalize, pool
 from sparsec.kernels.cuda.base import DeviceCall, Gpu
 from sparsec.lowering.match import Group, attribute, dims, fuse
-from sparsec.lowering.rules.base import Context, Taken, float_input
+from sparsec.lowering.rules.base import Context, Taken
 from sparsec.lowering.rules.convolution import ConvNode, read_conv
 from sparsec.lowering.rules.cuda_base import Launched, emit_device
 from sparsec.lowering.rules.normalization import read_normalization, read_softmax
-from sparsec.lowering.rules.pooling import MODES, read_rows, read_windows
+from sparsec.lowering.rules.pooling import read_global_pool, read_pool
 from sparsec.lowering.rules.product import ActivationProduct, ConstantProduct, read_gemm, read_matmul
 from sparsec.lowering.structure import detect_structure
 from sparsec.program import Candidate
@@ -118,16 +118,11 @@ def take_device_matmul(node: ir.Node, context: Context) -> Taken | str | None:
 
 def take_device_pool(node: ir.Node, context: Context) -> Taken | str | None:
     """MaxPool and AveragePool."""
-    if node.op_type not in ("MaxPool", "AveragePool"):
-        return None
-    x = float_input(node)
-    if isinstance(x, str):
-        return x
-    window = read_windows(node)
-    if isinstance(window, str):
-        return window
+    read = read_pool(node)
+    if not isinstance(read, tuple):
+        return read
+    x, window, mode = read
     gpu, planes = _gpu(context), int(np.prod(dims(x)[:2]))
-    mode: Any = "max" if node.op_type == "MaxPool" else "average"
     group = fuse(node, context.taken, residual=False)
     include_pad = bool(attribute(node, "count_include_pad", 0))
     call = pool.bind(
@@ -140,15 +135,10 @@ def take_device_pool(node: ir.Node, context: Context) -> Taken | str | None:
 
 def take_device_global_pool(node: ir.Node, context: Context) -> Taken | str | None:
     """GlobalAveragePool, GlobalMaxPool, and ReduceMean or ReduceMax over the last axes."""
-    if node.op_type not in MODES:
-        return None
-    x = float_input(node)
-    if isinstance(x, str):
-        return x
-    read = read_rows(node)
-    if isinstance(read, str):
+    read = read_global_pool(node)
+    if not isinstance(read, tuple):
         return read
-    (rows, count), mode, gpu = read, MODES[node.op_type], _gpu(context)
+    (x, rows, count, mode), gpu = read, _gpu(context)
     group = fuse(node, context.taken, residual=False)
     call = pool.bind_global(gpu, mode, rows=rows, count=count, activation=group.activation)
     us = pool.predict_us(gpu, rows * count, rows)

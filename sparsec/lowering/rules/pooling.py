@@ -37,20 +37,26 @@ def read_windows(node: ir.Node) -> planes.Window | str:
     return windows
 
 
-def take_pool(node: ir.Node, context: Context) -> Taken | str | None:
-    """MaxPool and AveragePool."""
+def read_pool(node: ir.Node) -> tuple[ir.Value, planes.Window, Any] | str | None:
+    """What a MaxPool or AveragePool reads, its windows and "max" or "average"; or why it has no kernel."""
     if node.op_type not in ("MaxPool", "AveragePool"):
         return None
     x = float_input(node)
     if isinstance(x, str):
         return x
     windows = read_windows(node)
-    if isinstance(windows, str):
-        return windows
+    return windows if isinstance(windows, str) else (x, windows, "max" if node.op_type == "MaxPool" else "average")
+
+
+def take_pool(node: ir.Node, context: Context) -> Taken | str | None:
+    """MaxPool and AveragePool."""
+    read = read_pool(node)
+    if not isinstance(read, tuple):
+        return read
+    x, windows, mode = read
     shape = (*dims(x)[:2], windows.height, windows.width)
     if refused := pool.refusal(shape, windows.kernel):
         return refused
-    mode: Any = "max" if node.op_type == "MaxPool" else "average"
     group = fuse(node, context.taken, residual=False)
     call = pool.bind(
         context.machine, mode, x_shape=shape, kernel=windows.kernel, strides=windows.strides, pads=windows.pads,
@@ -90,17 +96,23 @@ def read_rows(node: ir.Node) -> tuple[int, int] | str:
     return int(np.prod(shape[:first])), int(np.prod(shape[first:]))
 
 
-def take_global_pool(node: ir.Node, context: Context) -> Taken | str | None:
-    """GlobalAveragePool, GlobalMaxPool, and ReduceMean or ReduceMax over the last axes."""
+def read_global_pool(node: ir.Node) -> tuple[ir.Value, int, int, Any] | str | None:
+    """What a node of `MODES` reads, rows, their length and what is kept of each; or why it has no kernel."""
     if node.op_type not in MODES:
         return None
     x = float_input(node)
     if isinstance(x, str):
         return x
-    read = read_rows(node)
-    if isinstance(read, str):
+    rows = read_rows(node)
+    return rows if isinstance(rows, str) else (x, *rows, MODES[node.op_type])
+
+
+def take_global_pool(node: ir.Node, context: Context) -> Taken | str | None:
+    """GlobalAveragePool, GlobalMaxPool, and ReduceMean or ReduceMax over the last axes."""
+    read = read_global_pool(node)
+    if not isinstance(read, tuple):
         return read
-    (rows, count), mode = read, MODES[node.op_type]
+    x, rows, count, mode = read
     group = fuse(node, context.taken, residual=False)
     call = pool.bind_global(context.machine, mode, rows=rows, count=count, activation=group.activation)
     us = roofline_us(context.machine, rows * count, 4.0 * rows * count)

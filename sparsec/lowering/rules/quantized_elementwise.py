@@ -25,7 +25,7 @@ from sparsec.lowering.generic import ELEMENTWISE
 from sparsec.lowering.match import VIEWS, Group, constant, dims, in_graph_order
 from sparsec.lowering.quantized import QuantGroup, fuse_quantized, source, type_of
 from sparsec.lowering.rules.base import Context, Taken, emit_simple
-from sparsec.passes.normalisation.fold_constants import quiet_session
+from sparsec.passes.normalization.fold_constants import quiet_session
 
 _OPS: dict[str, Any] = {"Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div"}
 _WITHIN = ELEMENTWISE | {"QuantizeLinear", "DequantizeLinear", *VIEWS}  # what a cone consists of

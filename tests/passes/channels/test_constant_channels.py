@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sparsec.passes.channels.constant_channels import constant_channels
 from sparsec.passes.layers import weighted_layers
-from sparsec.passes.normalisation.fold_constants import quiet_session
+from sparsec.passes.normalization.fold_constants import quiet_session
 from tests.channel_networks import channel_networks
 
 RNG = np.random.default_rng(17)

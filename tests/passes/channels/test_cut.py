@@ -121,7 +121,7 @@ def test_refusals(model) -> None:
 MIXED = {
     "softmax over channels": "s = Softmax<axis = 1>(a) y = Conv(s, v)",
     "mean over channels": "m = ReduceMean(a, one) s = Sub(a, m) y = Conv(s, v)",
-    "normalised over channels": """t = Transpose<perm = [0, 2, 3, 1]>(a) n = LayerNormalization(t, g)
+    "normalized over channels": """t = Transpose<perm = [0, 2, 3, 1]>(a) n = LayerNormalization(t, g)
         u = Transpose<perm = [0, 3, 1, 2]>(n) y = Conv(u, v)""",
     "products of activations": """f = Reshape(a, flat) t = Transpose<perm = [0, 2, 1]>(f) p = MatMul(t, f)
         q = ReduceMean(p, two) r = MatMul(q, k) y = Reshape(r, out)""",

@@ -16,7 +16,7 @@ from sparsec.passes.low_rank.decompositions import Svd
 from sparsec.passes.low_rank.factor_forms import stored_bytes, stored_int8_bytes
 from sparsec.passes.low_rank.rank_allocation import Way, Ways
 from sparsec.passes.measure.statistics import gather
-from sparsec.passes.normalisation.fold_constants import quiet_session
+from sparsec.passes.normalization.fold_constants import quiet_session
 from sparsec.passes_api import Context, Stacked
 
 RNG = np.random.default_rng(11)

@@ -10,7 +10,7 @@ from sparsec.errors import RecipeError
 from sparsec.pass_options import option_values
 from sparsec.passes import Prune
 from sparsec.passes.layers import as_layer, block_sums, select_layers, weighted_layers
-from sparsec.passes.normalisation.fold_constants import quiet_session
+from sparsec.passes.normalization.fold_constants import quiet_session
 from sparsec.passes.pruning.masks import Pattern, n_of_m_mask
 from sparsec.passes.pruning.prune import prune_to
 from sparsec.passes_api import Context

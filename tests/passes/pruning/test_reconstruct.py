@@ -9,7 +9,7 @@ import pytest
 from sparsec.passes.layers import weighted_layers
 from sparsec.passes.measure.replay import Pairs, Replay, goal_of
 from sparsec.passes.measure.statistics import Activations
-from sparsec.passes.normalisation.fold_constants import quiet_session
+from sparsec.passes.normalization.fold_constants import quiet_session
 from sparsec.passes.pruning.reconstruct import TRUSTS, held_out_trust, problems, reconstruct
 from sparsec.passes_api import Stacked
 

@@ -10,7 +10,7 @@ from sparsec.errors import DataError, RecipeError
 from sparsec.passes.measure.fidelity import Fidelity
 from sparsec.passes.measure.journal import Journal, digest
 from sparsec.passes.measure.trial import Part, Trials, fetch, pick_samples
-from sparsec.passes.normalisation.fold_constants import quiet_session
+from sparsec.passes.normalization.fold_constants import quiet_session
 from sparsec.passes.pruning import sensitivity as module
 from sparsec.passes.pruning.sensitivity import sensitivity
 from tests.passes.allocation import NAMES, by_magnitude, chosen, data, network

@@ -13,7 +13,7 @@ from sparsec.errors import DataError, RecipeError
 from sparsec.loading import load_model, model_bytes
 from sparsec.pass_specs import parse_spec
 from sparsec.passes.layers import block_sums, weighted_layers
-from sparsec.passes.normalisation.fold_constants import constant, quiet_session
+from sparsec.passes.normalization.fold_constants import constant, quiet_session
 from sparsec.passes.pruning.masks import Pattern, draw_masks
 from sparsec.passes.quantization.fallback import Trial
 from sparsec.passes.quantization.quantize import Quantize

@@ -8,7 +8,7 @@ import pytest
 
 from sparsec.errors import RecipeError
 from sparsec.passes.measure.segments import Segment
-from sparsec.passes.normalisation.fold_constants import constant
+from sparsec.passes.normalization.fold_constants import constant
 from sparsec.passes.quantization.quantize import Quantize
 from sparsec.passes_api import Context, Stacked
 from tests.passes.conftest import save

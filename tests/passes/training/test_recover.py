@@ -16,7 +16,7 @@ from sparsec.models import build, demo_data
 from sparsec.passes import Prune
 from sparsec.passes.layers import weighted_layers
 from sparsec.passes.measure.matching import agreement, put_back
-from sparsec.passes.normalisation.fold_constants import quiet_session
+from sparsec.passes.normalization.fold_constants import quiet_session
 from sparsec.passes.training.recover import Recover
 from sparsec.pipeline import run_passes
 

@@ -16,7 +16,7 @@ from operators import operators
 from sparsec.errors import UnsupportedError
 from sparsec.loading import load_model, model_bytes
 from sparsec.models import BUILDERS, build
-from sparsec.passes.normalisation.fold_constants import FoldConstants, quiet_session
+from sparsec.passes.normalization.fold_constants import FoldConstants, quiet_session
 from sparsec.pipeline import ROUNDED_AGAIN, relative_error
 from sparsec.tolerance import derive_tolerance
 

@@ -7,7 +7,7 @@ import pytest
 
 from sparsec.errors import ModelError
 from sparsec.passes import FoldConstants
-from sparsec.passes.normalisation.fold_constants import GROWTH_BYTES, static_shape
+from sparsec.passes.normalization.fold_constants import GROWTH_BYTES, static_shape
 
 RNG = np.random.default_rng(0)
 

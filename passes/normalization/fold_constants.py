@@ -3,7 +3,7 @@
 One walk in topological order. For a node `y = f(x_1, ..., x_k)`:
 
     f = Shape, Size and shape(x_1) static            y becomes the constant shape(x_1)
-    f = If, Loop, Scan with constant conditions      a straight line replaces the node (`sparsec.passes.normalisation.control_flow`)
+    f = If, Loop, Scan with constant conditions      a straight line replaces the node (`sparsec.passes.normalization.control_flow`)
     y without elements                               y is a constant
     every x_i constant                               y becomes the constant f(x_1, ..., x_k), computed by ONNX Runtime
     otherwise                                        shape(y), type(y) are inferred, constants among the x_i included
@@ -29,7 +29,7 @@ import onnxruntime as ort
 from onnx_ir.passes import common
 
 from sparsec.errors import ModelError, one_line
-from sparsec.passes.normalisation.control_flow import (
+from sparsec.passes.normalization.control_flow import (
     UNROLL_STEPS,
     LoopState,
     inline_branch,
@@ -37,7 +37,7 @@ from sparsec.passes.normalisation.control_flow import (
     too_long,
     unroll_scan,
 )
-from sparsec.passes.normalisation.windows import resolve_ceil_mode
+from sparsec.passes.normalization.windows import resolve_ceil_mode
 from sparsec.passes_api import Context, Pass, PassResult
 
 GROWTH_BYTES = 1 << 24  # a folded result may be this much larger than its inputs together

@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 
 from sparsec.errors import RecipeError
-from sparsec.passes.normalisation.widen import Widen
+from sparsec.passes.normalization.widen import Widen
 
 
 def test_computes_in_float32_between_half_inputs_and_outputs(model) -> None:

@@ -26,8 +26,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from sparsec.passes.initializers import add_initializer
-from sparsec.passes.normalisation.explicit_pads import spatial_zero_pad
-from sparsec.passes.normalisation.fold_constants import constant, remove_unused_initializers, static_shape
+from sparsec.passes.normalization.explicit_pads import spatial_zero_pad
+from sparsec.passes.normalization.fold_constants import constant, remove_unused_initializers, static_shape
 from sparsec.passes_api import Context, Pass, PassResult
 
 # Unsigned type -> its signed one, and how far stored values move.

@@ -1,7 +1,7 @@
-"""The line of loading, from what was read to a normalised model, in this process.
+"""The line of loading, from what was read to a normalized model, in this process.
 
 read (sparsec.reading) -> inline functions -> refuse what is not plain ONNX -> upgrade to `OPSET` -> name the nodes -> fix
-input shapes, bind inputs (sparsec.input_shapes) -> the passes of `normalisation`, in this order -> check that every value
+input shapes, bind inputs (sparsec.input_shapes) -> the passes of `normalization`, in this order -> check that every value
 has a static shape and a type (sparsec.refusals). Deterministic; weights keep their values except where BatchNorm is
 folded into them.
 """
@@ -33,7 +33,7 @@ from sparsec.passes import (
     RemoveNoOps,
     UnrollRecurrent,
 )
-from sparsec.passes.normalisation.fold_constants import remove_unused_initializers
+from sparsec.passes.normalization.fold_constants import remove_unused_initializers
 from sparsec.passes_api import META_KEY, Pass
 from sparsec.reading import Source, check_proto, read_source
 from sparsec.refusals import refuse_unfinished
@@ -42,7 +42,7 @@ Say = Callable[[str], None]
 Beside = dict[str, tuple[ir.Tensor, Extent]]
 
 
-def normalisation(limits: Limits = DEFAULT) -> tuple[Pass, ...]:
+def normalization(limits: Limits = DEFAULT) -> tuple[Pass, ...]:
     """The passes of loading, in order.
 
     Shapes first (the others need them) but behind what has no standard operator yet; again at the end, since folding
@@ -81,7 +81,7 @@ def load_here(
         raise
     except Exception as error:  # what onnx.checker lets through and the libraries below then stumble over
         text = one_line(f"{type(error).__name__}: {error}")
-        raise ModelError(f"cannot be normalised: {text}", read.where) from error
+        raise ModelError(f"cannot be normalized: {text}", read.where) from error
 
 
 def _load(
@@ -100,10 +100,10 @@ def _load(
     drop_initializer_inputs(model.graph, bind, notes)
     fix_shapes(model.graph, shapes, bind, where, notes)
     _forget_inferred_shapes(model.graph)
-    normalise(model, limits)
+    normalize(model, limits)
     refuse_unfinished(model, where, limits)
     _tidy(model)
-    say("onnx.checker on the normalised model")
+    say("onnx.checker on the normalized model")
     check_proto(without_data(model), where)
     return model, beside
 
@@ -123,9 +123,9 @@ def _attach(graph: ir.Graph, read: Source) -> Beside:
     return beside
 
 
-def normalise(model: ir.Model, limits: Limits = DEFAULT) -> None:
+def normalize(model: ir.Model, limits: Limits = DEFAULT) -> None:
     """Run the passes of loading in place."""
-    for step in normalisation(limits):
+    for step in normalization(limits):
         step(model)
     common.RemoveUnusedNodesPass()(model)
     remove_unused_initializers(model.graph)

@@ -26,7 +26,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from sparsec.passes.initializers import add_initializer
-from sparsec.passes.normalisation.fold_constants import constant, remove_unused_initializers
+from sparsec.passes.normalization.fold_constants import constant, remove_unused_initializers
 from sparsec.passes_api import Context, Pass, PassResult
 
 FOREIGN = "com.microsoft"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sparsec.passes import ExplicitPads, FoldConstants
-from sparsec.passes.normalisation.fold_constants import static_shape
+from sparsec.passes.normalization.fold_constants import static_shape
 
 RNG = np.random.default_rng(2)
 PADS = np.array([0, 0, 1, 2, 0, 0, 0, 1], np.int64)

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparsec.errors import RecipeError
-from sparsec.passes.normalisation.fold_constants import remove_unused_initializers
+from sparsec.passes.normalization.fold_constants import remove_unused_initializers
 from sparsec.passes_api import Context, Pass, PassResult
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparsec.passes.normalisation.cancel_transposes import CancelTransposes
+from sparsec.passes.normalization.cancel_transposes import CancelTransposes
 from sparsec.pipeline import check_equal
 
 DOWN, UP = "perm = [0, 2, 3, 1]", "perm = [0, 3, 1, 2]"  # to channels last, and back

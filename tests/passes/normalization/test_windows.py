@@ -10,7 +10,7 @@ import pytest
 from programs import agree, feeds_of, onnx_runtime, parse
 
 from sparsec.loading import load_model, model_bytes
-from sparsec.passes.normalisation.fold_constants import static_shape
+from sparsec.passes.normalization.fold_constants import static_shape
 
 # size, kernel, stride, pads, dilation; in the first ones the last window would start in the padding
 AXES = [(3, 1, 3, (0, 0), 1), (3, 2, 2, (1, 1), 1), (5, 2, 2, (1, 1), 1), (5, 2, 4, (0, 1), 1), (7, 3, 2, (0, 0), 1),

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sparsec.errors import UnsupportedError
 from sparsec.loading import load_model, model_bytes
-from sparsec.passes.normalisation.fold_constants import constant, quiet_session
-from sparsec.passes.normalisation.normalize_qdq import NormalizeQdq
+from sparsec.passes.normalization.fold_constants import constant, quiet_session
+from sparsec.passes.normalization.normalize_qdq import NormalizeQdq
 
 RNG = np.random.default_rng(6)
 TYPES = {np.dtype(np.float32): 1, np.dtype(np.uint8): 2, np.dtype(np.int8): 3, np.dtype(np.uint16): 4}

@@ -16,8 +16,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from sparsec.passes.normalisation.fold_constants import constant, remove_unused_initializers, static_shape
-from sparsec.passes.normalisation.windows import automatic_pads
+from sparsec.passes.normalization.fold_constants import constant, remove_unused_initializers, static_shape
+from sparsec.passes.normalization.windows import automatic_pads
 from sparsec.passes_api import Context, Pass, PassResult
 
 WINDOWED = ("Conv", "MaxPool", "AveragePool", "LpPool")

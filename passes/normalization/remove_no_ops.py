@@ -15,7 +15,7 @@ from typing import ClassVar
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from sparsec.passes.normalisation.fold_constants import constant, remove_unused_initializers, static_shape
+from sparsec.passes.normalization.fold_constants import constant, remove_unused_initializers, static_shape
 from sparsec.passes_api import Context, Pass, PassResult
 
 # Slice, Pad and Tile of unchanged shape: for Slice a negative step may still reverse, see `_is_no_op`.

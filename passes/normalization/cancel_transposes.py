@@ -21,7 +21,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from sparsec.passes.normalisation.fold_constants import constant, remove_unused_initializers, static_shape
+from sparsec.passes.normalization.fold_constants import constant, remove_unused_initializers, static_shape
 from sparsec.passes_api import Context, Pass, PassResult
 
 UNARY = frozenset({

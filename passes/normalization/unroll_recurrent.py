@@ -25,8 +25,8 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from sparsec.passes.normalisation.control_flow import UNROLL_STEPS
-from sparsec.passes.normalisation.fold_constants import FoldConstants, constant, static_shape
+from sparsec.passes.normalization.control_flow import UNROLL_STEPS
+from sparsec.passes.normalization.fold_constants import FoldConstants, constant, static_shape
 from sparsec.passes_api import Context, Pass, PassResult
 
 _GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
