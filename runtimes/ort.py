@@ -1,4 +1,4 @@
-"""`ort`: ONNX Runtime on the CPU, the reference. The one module of ours that opens ONNX Runtime sessions for users."""
+"""`ort`: ONNX Runtime on the CPU, the reference. What users and `verify` run models in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from sparsec.errors import ModelError, RuntimeUnavailable
-from sparsec.ort_faults import left_out
 from sparsec.ports import InputSpec
 from sparsec.runtimes.base import Arrays, Compiled, Runtime, Session
 
@@ -26,27 +25,15 @@ class OrtSession(Session):
 
     def __init__(self, model: bytes | str | Path, threads: int = 1, where: str = "", optimize: bool = True) -> None:
         try:
-            import onnxruntime as ort
+            from sparsec.ort_session import open_session
         except ImportError as error:
             raise RuntimeUnavailable("ONNX Runtime is missing: pip install onnxruntime", "ort") from error
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        # The reference computes what the model says: with grouped integer weights activations stay float.
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        if not optimize:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         self._where = where or (str(model) if not isinstance(model, bytes) else "model")
-        source = model if isinstance(model, bytes) else str(model)
+        entries = {"session.force_spinning_stop": "1"}
         try:
-            self._session = ort.InferenceSession(
-                source,
-                options,
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=left_out(model) if optimize else [],
-            )
+            self._session = open_session(model, threads=threads, optimize=optimize, entries=entries, where=self._where)
+        except ModelError:
+            raise
         except Exception as error:  # pybind classes without a common base
             raise ModelError(f"ONNX Runtime does not load it: {_line(error)}", self._where) from error
         self._outputs = [output.name for output in self._session.get_outputs()]

@@ -33,6 +33,7 @@ from sparsec.limits import DEFAULT, Limits
 from sparsec.loading import model_bytes
 from sparsec.lowering import lower
 from sparsec.lowering.predict import layer_price
+from sparsec.ort_session import limited
 from sparsec.pass_specs import resolve_passes
 from sparsec.passes.quantization.ports import QuantizedPorts, port_quantization
 from sparsec.pipeline import run_passes
@@ -133,7 +134,7 @@ def compile(
     elif budget_data is not None:
         raise UsageError("measures the drop of a --budget, and there is none", "--budget-data")
     name = _model_name(model, output)
-    with _destination(output, name, overwrite) as (directory, finish):
+    with limited(limits), _destination(output, name, overwrite) as (directory, finish):
         say("loading")
         rewritten = _rewrite(
             model, passes, chosen, calibration, shapes, bind, plugins, dump, preprocess, say, machine, limits, fit, io
@@ -195,9 +196,10 @@ def rewrite(
     records: a list to which one JSON-able record a pass is added.
     """
     say = progress or (lambda text: None)
-    done = _rewrite(
-        model, passes, _recipe(recipe), calibration, shapes, bind, plugins, dump, preprocess, say, None, limits
-    )
+    with limited(limits):
+        done = _rewrite(
+            model, passes, _recipe(recipe), calibration, shapes, bind, plugins, dump, preprocess, say, None, limits
+        )
     if records is not None:
         records += done.records
     return done.model

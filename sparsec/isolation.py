@@ -201,14 +201,16 @@ def stop() -> None:
 
 
 def call(
-    task: str, header: dict[str, Any], parts: Sequence[Any], allowance: Allowance, where: str
+    task: str, header: dict[str, Any], parts: Sequence[Any], allowance: Allowance, where: str, server: str | None = None
 ) -> tuple[dict[str, Any], list[memoryview]]:
     """Run `task` ("module:function", a `Task`) in a worker; its response as `read_message` gives it.
+
+    `server`: the one that imports this module, by default the task's.
 
     Raises what the task raised, if it is a SparsecError, and a ModelError about `where` if it crashed or went beyond
     `allowance`; RuntimeUnavailable if no worker can be had.
     """
-    preload = task.partition(":")[0]
+    preload = server or task.partition(":")[0]
     with contextlib.ExitStack() as stack:
         files = [
             os.memfd_create("sparsec-request", os.MFD_CLOEXEC),
@@ -313,7 +315,6 @@ def _error(said: object) -> SparsecError:
 
 def serve(file: int, preload: str) -> None:
     """The server's loop; returns when the process that started it ends."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors are not waited for
     module = importlib.import_module(preload)
     getattr(module, "warm", lambda: None)()  # imports of the first time
     gc.freeze()  # what is there stays shared with the workers
@@ -322,6 +323,7 @@ def serve(file: int, preload: str) -> None:
             data, ancillary, _, _ = requests.recvmsg(
                 REQUEST, socket.CMSG_SPACE(3 * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
             )
+            _reap()
             if not data:
                 return
             files = array.array("i")
@@ -339,8 +341,14 @@ def serve(file: int, preload: str) -> None:
                 os.close(each)
 
 
+def _reap() -> None:
+    """Wait for the supervisors that have ended, so that what they used counts as this process's."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
 def _supervise(request: dict[str, Any], question: int, response: int, reports: int) -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.dup2(1, 2)  # nowhere: what libraries print must not fill a pipe that nobody reads
     worker = os.fork()
     if worker == 0:

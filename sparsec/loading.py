@@ -24,6 +24,7 @@ from sparsec.external_data import ExternalFiles
 from sparsec.isolation import Allowance, Worker, call
 from sparsec.limits import DEFAULT, MEMORY_FACTOR, Limits
 from sparsec.normalize import load_here
+from sparsec.ort_session import ones
 from sparsec.passes.normalization.fold_constants import quiet_session
 from sparsec.reading import read_proto, read_source
 
@@ -177,12 +178,7 @@ def _try(model: ir.Model, where: str) -> None:
     """Run the model once, on ones. A crash ends this process; an operator that ONNX Runtime lacks is no fault."""
     try:
         session = quiet_session(model_bytes(model))
-        feeds = {
-            v.name: np.ones([int(str(d)) for d in v.shape], v.dtype.numpy())  # integers divide by zero with a crash
-            for v in model.graph.inputs
-            if v.shape is not None and v.dtype is not None
-        }
-        session.run(None, feeds)
+        session.run(None, ones(session))
     except MemoryError:
         raise
     except Exception as error:

@@ -16,11 +16,11 @@ import onnx_ir as ir
 from onnx_ir.passes import PassResult
 
 from sparsec.data import load_data
-from sparsec.errors import CheckError, RecipeError, SparsecError, UsageError, one_line
+from sparsec.errors import CheckError, ModelError, RecipeError, SparsecError, UsageError, one_line
 from sparsec.exchange import large, without_data
 from sparsec.loading import model_bytes
+from sparsec.ort_session import open_session
 from sparsec.pass_specs import PassStep, as_step
-from sparsec.passes.normalization.fold_constants import quiet_session
 from sparsec.passes_api import META_KEY, Context, Price, Progress, Samples
 from sparsec.ports import input_spec
 from sparsec.rounding import Rounding, allowed_count, beyond, rounding
@@ -136,7 +136,9 @@ def _check(model: ir.Model, data: bytes | None, step: PassStep) -> None:
     if data is None:  # more than a session can be given
         return
     try:
-        quiet_session(data)
+        open_session(data, optimize=False, where=where)
+    except ModelError as error:
+        raise CheckError(f"left a model on which {error.message} ({step.origin})", where) from error
     except Exception as error:
         raise CheckError(
             f"left a model that ONNX Runtime does not load: {one_line(error)} ({step.origin})", where
@@ -171,7 +173,7 @@ def check_equal(before: bytes, after: bytes, name: str, calibration: Samples | N
 
     An output that a QuantizeLinear of `before` reaches may differ as `sparsec.rounding` says.
     """
-    first, second = quiet_session(before), quiet_session(after)
+    first, second = (open_session(data, optimize=False, where=f"pass {name}") for data in (before, after))
     signature = [[(x.name, x.shape, x.type) for x in s.get_inputs()] for s in (first, second)]
     names = [[y.name for y in s.get_outputs()] for s in (first, second)]
     if signature[0] != signature[1] or names[0] != names[1]:

@@ -24,12 +24,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from sparsec.errors import ModelError, one_line
-from sparsec.ort_faults import left_out
+from sparsec.ort_session import open_session
 
 BATCH = 16  # samples a call: enough to fill a matrix product, few enough for the widest activation
 SAME = 1e-3  # of the largest value: batching reorders sums, a wrong batching gives other numbers altogether
-# Left alone, ONNX Runtime rounds what a MatMul with grouped integer weights reads to 8 bits: the model does not say so.
-FLOAT_ACTIVATIONS = ("session.qdq_matmulnbits_accuracy_level", "1")
 Batch = Mapping[str, np.ndarray]
 
 
@@ -182,17 +180,14 @@ def _session(
     proto = onnx.ModelProto(ir_version=min(model.ir_version, onnx.IR_VERSION), graph=graph)
     for domain, version in model.opset_imports.items():
         proto.opset_import.append(onnx.helper.make_opsetid(domain, version))
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = processors()
-    options.inter_op_num_threads = 1
     # Calls are short and NumPy works between them: threads that spin would take its processors.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry(*FLOAT_ACTIVATIONS)
+    entries = {"session.intra_op.allow_spinning": "0"}
     try:
-        return ort.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=left_out(proto)
+        return open_session(
+            proto, threads=processors(), entries=entries, where=f"a piece of the model: {', '.join(ends)}"
         )
+    except ModelError:
+        raise
     except Exception as error:  # pybind classes without a common base
         raise ModelError(
             f"ONNX Runtime does not load a piece of the model: {one_line(error, 200)}", ", ".join(ends)

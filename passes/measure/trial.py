@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,10 +21,10 @@ from onnx import numpy_helper
 
 from sparsec.data import load_data
 from sparsec.errors import DataError
-from sparsec.ort_faults import left_out
+from sparsec.ort_session import open_session
 from sparsec.passes.layers import WeightedLayer
 from sparsec.passes.measure.fidelity import Fidelity
-from sparsec.passes.measure.segments import FLOAT_ACTIVATIONS, processors
+from sparsec.passes.measure.segments import processors
 from sparsec.ports import input_spec
 
 Arrays = Mapping[str, np.ndarray]
@@ -39,14 +40,7 @@ PRUNED_BYTES = 1 << 29  # pruned weights that are kept for the next trial
 
 def fast_session(proto: onnx.ModelProto) -> ort.InferenceSession:
     """A one-thread CPU session without log output, the graph optimized as ONNX Runtime can."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry(*FLOAT_ACTIVATIONS)
-    return ort.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=left_out(proto)
-    )
+    return open_session(proto)
 
 
 def in_parallel(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
@@ -54,8 +48,9 @@ def in_parallel(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     workers = min(WORKERS, processors())
     if workers < 2 or len(items) < 2:
         return _in_turn(function, items)
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(function, items))
+    with ThreadPoolExecutor(workers) as pool:  # each in a context of its own: one cannot be entered twice at a time
+        futures = [pool.submit(copy_context().run, function, item) for item in items]
+        return [future.result() for future in futures]
 
 
 def replacement(layer: WeightedLayer, pruned: Pruned) -> tuple[np.ndarray, dict[str, np.ndarray]]:

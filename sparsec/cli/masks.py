@@ -132,15 +132,15 @@ def _damage(original: onnx_ir.Model, data: str, preprocess: str | None, say: Any
 
     from sparsec.data import load_data
     from sparsec.loading import model_bytes
+    from sparsec.ort_session import open_session
     from sparsec.passes.measure.fidelity import Fidelity
-    from sparsec.passes.normalization.fold_constants import quiet_session
     from sparsec.ports import input_spec
 
     samples = load_data(data, [input_spec(x) for x in original.graph.inputs], preprocess)
     names = [str(y.name) for y in original.graph.outputs]
 
     def outputs(model: onnx_ir.Model) -> list[np.ndarray]:
-        session = quiet_session(model_bytes(model))
+        session = open_session(model_bytes(model), optimize=False)
         rows = [session.run(names, sample) for sample in samples]
         return [np.stack([np.asarray(row[i]) for row in rows]) for i in range(len(names))]
 
