@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import tvm
@@ -54,7 +55,8 @@ def over_pointers(func: Any, scope: str = "") -> tuple[list[Any], list[Any], Any
             others.append(param)
             continue
         element = PrimType(str(param.dtype))
-        pointer = tirx.Var(param.name, PointerType(element, scope) if scope else PointerType(element))
+        name = re.sub(r"\W", "_", param.name)  # C, which may be made of it, has fewer names than a graph
+        pointer = tirx.Var(name, PointerType(element, scope) if scope else PointerType(element))
         pointers.append(pointer)
         declarations.append(tirx.DeclBuffer(param, data=pointer))
     body = tirx.SeqStmt([*declarations, func.body]) if declarations else func.body

@@ -36,7 +36,8 @@ def parse(text: str, zeros: Mapping[str, float] | float = 0.0, seed: int = 0) ->
         share = zeros if isinstance(zeros, float) else zeros.get(value.name, 0.0)
         fan_in = np.prod(shape[1:]) * (1 - share) if len(shape) > 1 else 1.0
         array = rng.standard_normal(shape).astype("f") / np.sqrt(max(fan_in, 1.0))
-        array = np.where(rng.random(shape) < share, 0, array).astype("f")
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        array = np.where(rng.random(shape) < share, 0, array).astype(dtype)
         model.graph.initializer.append(onnx.numpy_helper.from_array(array, value.name))
     del model.graph.input[:]
     model.graph.input.extend(inputs)

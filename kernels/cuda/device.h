@@ -84,6 +84,11 @@ extern __shared__ __align__(128) unsigned char sparsec_room[];
 
 #endif
 
+/* What TVM writes of float16 and cuda_fp16.h has under other names. */
+static __device__ __forceinline__ half max(half a, half b) { return __hmax(a, b); }
+static __device__ __forceinline__ half min(half a, half b) { return __hmin(a, b); }
+static __device__ __forceinline__ half hnearbyint(half x) { return hrint(x); }
+
 /* Byte `at` of it. */
 static __device__ __forceinline__ void *sparsec_room_at(int at) { return sparsec_room + at; }
 

@@ -106,6 +106,10 @@ static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
 }
 static inline half hexp(half x) { return (half)expf((float)x); }
 static inline half hsqrt(half x) { return (half)sqrtf((float)x); }
+static inline half hceil(half x) { return (half)ceilf((float)x); }
+static inline half hfloor(half x) { return (half)floorf((float)x); }
+static inline half hrint(half x) { return (half)rintf((float)x); }
+static inline half __habs(half x) { return (half)fabsf((float)x); }
 static inline unsigned __float_as_uint(float x) { unsigned r; memcpy(&r, &x, 4); return r; }
 static inline float __uint_as_float(unsigned x) { float r; memcpy(&r, &x, 4); return r; }
 #define CUDART_INF_F __builtin_inff()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from operator_cases import CASES, Case, floats
 from operator_cases.reference import compare, expected, model_of
 from programs import agree, parse
 
+import sparsec
 from sparsec.cuda import nvrtc
 from sparsec.cuda.source import cuda_source, declared_shared, launch_of
 from sparsec.errors import UnsupportedError
@@ -166,6 +168,40 @@ def test_views_and_concatenation_in_place(precision: str) -> None:
     assert len(moved) >= 2, "inputs of the model are copied into a Concat, or converted in their place there"
     free = {layer.op for layer in program.layers if layer.route == "free"}
     assert free >= {"Split", "Slice", "Flatten"}
+
+
+HALF = """
+half (float16[1, 3, 8, 8] x, float16[8, 3, 3, 3] w0, float16[8] w1, float16[1, 8, 1, 1] w2, float16[10, 8] w3)
+    => (float16[1, 10] y, float16[1, 3, 8, 8] z)
+{
+    a = Conv <pads = [1, 1, 1, 1]> (x, w0, w1)
+    b = Relu (a)
+    c = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (b)
+    d = Max (c, w2)
+    e = Min (d, w2)
+    f = Erf (e)
+    g = Round (x)
+    h = Ceil (x)
+    i = Abs (x)
+    j = Floor (i)
+    k = Sub (h, j)
+    z = Mul (g, k)
+    l = GlobalAveragePool (f)
+    m = Flatten (l)
+    n = Gemm <transB = 1> (m, w3)
+    y = Softmax (n)
+}
+"""
+
+
+@pytest.mark.parametrize("passes", [(), ("widen",)])
+def test_a_model_in_float16(passes: tuple[str, ...]) -> None:
+    program = agree(onnx_ir.to_proto(sparsec.rewrite(parse(HALF), passes=passes)), CUDA)
+    names = {layer.op for layer in program.layers}
+    assert ("Cast" in names) == bool(passes)
+    if importlib.util.find_spec("nvidia.cuda_nvrtc"):
+        cubin, _ = nvrtc.compile_cuda(cuda_source(program.kernels, "sm_87"), "sm_87")
+        assert cubin.startswith(b"\x7fELF")
 
 
 LACKING = """
