@@ -63,6 +63,18 @@ def rounding_tolerances(
     return {name: min(relative_bound(bound, by_name[name]), 1e30) for name, bound in bounds.items()}
 
 
+def conditioned_tolerances(
+    model_bytes: bytes, inputs: Sequence[InputSpec], outputs: Sequence[str], sample: Sequence[np.ndarray],
+    expected: Sequence[np.ndarray],
+) -> dict[str, float]:  # fmt: skip
+    """Relative tolerances of floating-point outputs in this one sample from what rounding makes of it (`sparsec.conditioning`)."""
+    from sparsec.conditioning import Conditioning
+
+    bounds = Conditioning(model_bytes).bounds({s.name: array for s, array in zip(inputs, sample, strict=True)})
+    found = {name: relative_bound(bounds[name], y) for name, y in zip(outputs, expected, strict=True) if name in bounds}
+    return {name: value for name, value in found.items() if np.isfinite(value)}
+
+
 def read_parity(artifact: Artifact) -> Arrays:
     """The inputs in parity.bin."""
     from sparsec.emit import HEADER_BYTES, PARITY_FORMAT

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import struct
+import subprocess
 
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
 
+import sparsec
+from sparsec import compiler
 from sparsec.conditioning import RUNS, Conditioning, with_errors
+from sparsec.emit import HEADER_BYTES
 from sparsec.parity import Tallies
 from sparsec.runtimes.ort import OrtSession
 from sparsec.tolerance import SIGMAS, UNIT_ROUNDOFF
@@ -142,3 +147,22 @@ def test_a_wrong_result_fails_in_a_cancelling_sample_too() -> None:
     tallies = Tallies({"y": 1e-5}, None, {}, law)
     tallies.add({"x": x}, {"y": np.full_like(wanted["y"], np.nan)}, wanted)
     assert not tallies.result()[0].passed
+
+
+@pytest.mark.parametrize("ran", [True, False])
+def test_an_artifact_holds_its_own_sample_to_the_same(monkeypatch, ran: bool) -> None:
+    """`bench` compares with the tolerance in parity.bin, on devices where nothing else does."""
+    k = 256
+    w = np.eye(k, dtype=np.float32) - np.float32(1 / k)
+    made = model(f"(float[1,{k}] x) => (float[1,{k}] y) {{ y = MatMul(x, w) }}", w=w)
+    data = {"x": np.float32(1000) + np.float32(0.1) * normal(1, k)}
+    record = {"passed": True, "runtime": "r", "samples": 1, "outputs": [{"output": "y", "tolerance": 0.5}]}
+    monkeypatch.setattr(compiler, "_prove", lambda artifact: ([], record) if ran else (["not run"], None))
+    artifact = sparsec.compile(made, calibration=data)
+    held = struct.unpack_from("<f", (artifact.path / "parity.bin").read_bytes(), HEADER_BYTES)[0]
+    if ran:
+        assert held == 0.5
+    else:
+        assert 10 * artifact.manifest["tolerances"]["y"] < held < 0.5
+    done = subprocess.run([artifact.path / "bench", "--runs", "1"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
