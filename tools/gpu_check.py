@@ -33,6 +33,7 @@ TOLERANCE = {"f32": 1e-4, "f16": 2e-2}  # of the largest reference value
 PHOTOGRAPHS = "resize=256,crop=224,scale=255,mean=0.485+0.456+0.406,std=0.229+0.224+0.225"
 IMAGES = 20
 ROWS = 64  # of a product that are compared
+BLOCK_ROWS = (32, 64, 128)  # outputs that are zero together
 REAL = {"mobilenetv2": "mobilenetv2_torchvision.onnx", "squeezenet1.1": "squeezenet1.1.onnx"}
 Sample = tuple[list[np.ndarray], list[np.ndarray]]  # inputs, expected outputs
 
@@ -120,10 +121,11 @@ def items(small: bool) -> Iterator[Item]:
             yield Item(f"{name}_{precision}", precision, lambda n=name: real(n), {"top1": True})  # type: ignore[misc]
         for precision, batch in itertools.product(("f32", "f16"), (1, 8, 32)):
             yield Item(f"resnet50_{precision}_b{batch}", precision, lambda b=batch: built("resnet50", b))  # type: ignore[misc]
-    m, k, n = (64, 128, 96) if small else (4096, 4096, 4096)
+    m, k, n = (64, 128, 128) if small else (4096, 4096, 4096)
     yield _product("matmul_dense", m, lambda: kernels.dense(k, n), k)
     yield _product("matmul_2_4", m, lambda: kernels.two_four(kernels.dense(k, n)), k)
-    yield _product("matmul_blocks_80", m, lambda: kernels.blocks(kernels.dense(k, n), 0.8), k)
+    for rows in BLOCK_ROWS:
+        yield _product(f"matmul_blocks_{rows}_80", m, lambda r=rows: kernels.blocks(kernels.dense(k, n), r, 0.8), k)  # type: ignore[misc]
     k, n = (256, 192) if small else (4096, 11008)
     yield _integers("matvec_int4_dense", k, n, 0.0)
     yield _integers("matvec_int4_groups_50", k, n, 0.5)
@@ -144,7 +146,7 @@ def ratios() -> list[dict[str, Any]]:
         *resnet,
         {"item": "matmul_dense", "to": "torch", "asked": 0.6, "torch": matmul},
         {"item": "matmul_2_4", "to": "matmul_dense", "asked": 1.25},
-        {"item": "matmul_blocks_80", "to": "matmul_dense", "asked": 2.5},
+        *({"item": f"matmul_blocks_{rows}_80", "to": "matmul_dense", "asked": 2.5} for rows in BLOCK_ROWS),
         {"item": "matvec_int4_groups_50", "to": "matvec_int4_dense", "asked": 1.5},
         {"item": "matvec_int4_groups_50", "to": "memory", "asked": 0.6},
     ]

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-BLOCK = (32, 16)  # outputs x inputs that are zero together
+BLOCK_INPUTS = 16  # that are zero together
 GROUP = 64  # inputs of an int4 weight that share a scale, and are zero together
 
 
@@ -26,10 +26,9 @@ def two_four(w: np.ndarray) -> np.ndarray:
     return kept.reshape(k, n)
 
 
-def blocks(w: np.ndarray, zeros: float) -> np.ndarray:
-    """`w` with a share of its blocks zero, drawn."""
-    outputs, inputs = BLOCK
-    k, n = w.shape
+def blocks(w: np.ndarray, outputs: int, zeros: float) -> np.ndarray:
+    """`w` with a share of its blocks, `outputs` x BLOCK_INPUTS, zero, drawn."""
+    inputs, (k, n) = BLOCK_INPUTS, w.shape
     keep = np.random.default_rng(1).permutation(k // inputs * (n // outputs)) >= zeros * (k // inputs) * (n // outputs)
     return w * np.kron(keep.reshape(k // inputs, n // outputs), np.ones((inputs, outputs), np.float32))
 

@@ -14,7 +14,7 @@ from sparsec.targets import host_arch
 
 pytest.importorskip("nvidia.cuda_nvrtc", reason="needs NVIDIA's compiler library: pip install 'sparsec[cuda]'")
 TOOLS = Path(__file__).parents[2] / "tools"
-ITEMS = ("demo_f32_b2", "matmul_dense", "matmul_2_4", "matvec_int4_groups_50")
+ITEMS = ("demo_f32_b2", "matmul_dense", "matmul_2_4", "matmul_blocks_128_80", "matvec_int4_groups_50")
 
 
 @pytest.fixture(scope="module")
