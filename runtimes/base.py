@@ -34,6 +34,7 @@ BUILT_IN = {
     "node": "sparsec.runtimes.node:Node",
     "chromium": "sparsec.runtimes.chromium:Chromium",
     "ort": "sparsec.runtimes.ort:Ort",
+    "torch": "sparsec.runtimes.torch:Torch",
 }
 
 
@@ -116,6 +117,9 @@ class Session(ABC):
     def once(self, inputs: Arrays) -> Callable[[], object]:
         """A function without arguments that runs the model once; only where `interleaves`."""
         raise NotImplementedError(type(self).__name__)
+
+    def settle(self) -> None:  # noqa: B027  (most leave nothing running)
+        """Return when threads that a run left spinning sleep, so that what is timed next has the processor."""
 
     def device_time(self, inputs: Arrays, runs: int, warmup: int = 1) -> DeviceTime | None:
         """What an accelerator needs of a run, `runs` times after `warmup` runs; None where there is none."""

@@ -36,7 +36,7 @@ ELSEWHERE = ("adb", "ssh", "native", "cuda", "emulated")  # not to compare with:
 class Timing:
     """Latencies in ms of single runs, from host memory to host memory; `against`: of other runtimes on model.onnx.
 
-    device: by an accelerator's own clock, copies left out; None where there is none.
+    device: by an accelerator's own clock, copies left out; None where there is none. `against_device`: of the others.
     """
 
     runtime: str
@@ -49,17 +49,21 @@ class Timing:
     peak_bytes: int | None
     against: dict[str, Stats] = field(default_factory=dict)
     device: DeviceTime | None = None
+    against_device: dict[str, DeviceTime] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
         """The object of `bench --json`."""
         own = Stats(self.runs, self.median_ms, self.p10_ms, self.p90_ms, self.min_ms, self.peak_bytes).json()
-        others = {name: stats.json() for name, stats in self.against.items()}
-        device = {} if self.device is None else {"device": self.device.json()}
-        return {"runtime": self.runtime, "threads": self.threads, **own, **device, "against": others}
+        others = {name: stats.json() | _device(self.against_device.get(name)) for name, stats in self.against.items()}
+        return {"runtime": self.runtime, "threads": self.threads, **own, **_device(self.device), "against": others}
+
+
+def _device(found: DeviceTime | None) -> dict[str, Any]:
+    return {} if found is None else {"device": found.json()}
 
 
 def comparable_names() -> list[str]:
-    """Runtimes that `--against` accepts."""
+    """Runtimes that `--against` accepts, some with an argument behind a colon."""
     return [name for name in runtime_names() if name not in ELSEWHERE]
 
 
@@ -69,9 +73,10 @@ def check_options(runs: int, threads: int | None, against: Sequence[str]) -> Non
         raise UsageError(f"expected at least 1, got {runs}", "--runs")
     if threads is not None and not 1 <= threads <= 256:
         raise UsageError(f"expected 1 to 256, got {threads}", "--threads")
-    for name in against:
+    for spec in against:
+        name = spec.partition(":")[0]
         if name not in comparable_names():
-            raise UsageError(f"cannot compare with {name!r}{suggest(name, comparable_names())}", "--against")
+            raise UsageError(f"cannot compare with {spec!r}{suggest(name, comparable_names())}", "--against")
 
 
 def bench(
@@ -100,19 +105,20 @@ def bench(
         for name, session in sessions.items():
             if name not in turns:
                 stats[name] = session.time(sample, runs, WARMUP)
-        device = sessions[str(place)].device_time(sample, runs, WARMUP)
+        devices = {name: session.device_time(sample, runs, WARMUP) for name, session in sessions.items()}
         peaks = {name: session.peak_bytes() for name, session in turns.items()}
     if "ort" in turns:
         peaks["ort"] = _ort_peak(artifact.path / "model.onnx", workers)
     for name, peak in peaks.items():
         s = stats[name]
         stats[name] = Stats(s.runs, s.median_ms, s.p10_ms, s.p90_ms, s.min_ms, peak)
-    own = stats.pop(str(place))
+    own, device = stats.pop(str(place)), devices.pop(str(place))
     return Timing(
         runtime=str(place), threads=workers, runs=own.runs, median_ms=own.median_ms, p10_ms=own.p10_ms,
         p90_ms=own.p90_ms, min_ms=own.min_ms, peak_bytes=own.peak_bytes,
         against={name: stats[name] for name in dict.fromkeys(against) if name in stats},
         device=device,
+        against_device={name: found for name, found in devices.items() if found is not None},
     )  # fmt: skip
 
 
@@ -146,6 +152,7 @@ def _take_turns(
                 elapsed = time.perf_counter() - start
                 if i >= 0:
                     seconds[name].append(elapsed)
+                sessions[name].settle()
             order.reverse()
             if progress is not None and i >= 0:
                 progress("timing", i + 1, runs)
@@ -197,12 +204,17 @@ def print_timing(timing: Timing, console: Console) -> None:
     for column in ("median ms", "p10", "p90", "min", "peak MB", "artifact is"):
         table.add_column(column, justify="right")
     own = Stats(timing.runs, timing.median_ms, timing.p10_ms, timing.p90_ms, timing.min_ms, timing.peak_bytes)
-    rows = [(timing.runtime, own)]
+    rows: list[tuple[str, Stats, Stats | None]] = [(timing.runtime, own, None)]  # the last: what it is compared with
     if timing.device is not None:
-        rows.append((f"{timing.device.name}, without copies", timing.device.stats))
-    for name, stats in (*rows, *timing.against.items()):
+        rows.append((f"{timing.device.name}, without copies", timing.device.stats, None))
+    for name, stats in timing.against.items():
+        rows.append((name, stats, own))
+        if (other := timing.against_device.get(name)) is not None:
+            same = None if timing.device is None else timing.device.stats
+            rows.append((f"{name} on {other.name}, without copies", other.stats, same))
+    for name, stats, compared in rows:
         peak = f"{stats.peak_bytes / 1e6:.1f}" if stats.peak_bytes is not None else "-"
         times = [f"{value:.3f}" for value in (stats.median_ms, stats.p10_ms, stats.p90_ms, stats.min_ms)]
-        ratio = "" if (name, stats) in rows else f"{stats.median_ms / own.median_ms:.2f}x"
+        ratio = "" if compared is None else f"{stats.median_ms / compared.median_ms:.2f}x"
         table.add_row(escape(name), *times, peak, ratio)
     console.print(table)

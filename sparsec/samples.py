@@ -77,8 +77,22 @@ def conditioned_tolerances(
 
 def read_parity(artifact: Artifact) -> Arrays:
     """The inputs in parity.bin."""
-    from sparsec.emit import HEADER_BYTES, PARITY_FORMAT
+    from sparsec.runtimes.batch import decode
+
+    return decode(_parity(artifact), artifact.inputs)
+
+
+def parity_outputs(artifact: Artifact) -> Arrays:
+    """ONNX Runtime's outputs in parity.bin."""
     from sparsec.runtimes.batch import decode, tensor_bytes
+
+    return decode(_parity(artifact)[tensor_bytes(artifact.inputs) :], artifact.outputs)
+
+
+def _parity(artifact: Artifact) -> bytes:
+    """Inputs and outputs in parity.bin, one behind the other."""
+    from sparsec.emit import HEADER_BYTES, PARITY_FORMAT
+    from sparsec.runtimes.batch import tensor_bytes
 
     where = str(artifact.path / "parity.bin")
     ins, outs, count = tensor_bytes(artifact.inputs), tensor_bytes(artifact.outputs), len(artifact.outputs)
@@ -91,7 +105,7 @@ def read_parity(artifact: Artifact) -> Arrays:
     head = struct.pack("<8sIIQQ", b"SPARSECP", PARITY_FORMAT, count, ins, outs).ljust(HEADER_BYTES, b"\0")
     if raw[:HEADER_BYTES] != head or len(raw) != start + ins + outs:
         raise ArtifactError("does not fit the signature; compile the model again", where)
-    return decode(raw[start:], artifact.inputs)
+    return raw[start:]
 
 
 def own_samples(artifact: Artifact, count: int) -> Iterator[Arrays]:

@@ -12,7 +12,7 @@ carry an axis in front, [N, *shape of the input], and so do results. Two ways to
     vmap     torch.func.vmap over the graph as it is: right by construction, some 15% slower
 
 Native is taken if every output of the model is [1, ...] and two different samples give together what they give alone.
-Floats are float32 whatever the model stores. A node that torch cannot execute is refused, all of them in one line.
+Floats are float32 whatever the model stores, or of the type given. A node that torch cannot execute is refused, all of them in one line.
 """
 
 from __future__ import annotations
@@ -34,14 +34,20 @@ ROUNDING = 1e-4  # of max |value|: far above float32 rounding of two ways to sum
 
 
 class TorchGraph:
-    """`model` (static shapes) as torch functions on `device`. Raises UnsupportedError naming every node at fault."""
+    """`model` (static shapes) as torch functions on `device`, its floats as `floats`.
 
-    def __init__(self, model: ir.Model, device: str | torch.device = "cpu") -> None:
+    Raises UnsupportedError naming every node at fault.
+    """
+
+    def __init__(
+        self, model: ir.Model, device: str | torch.device = "cpu", floats: torch.dtype = torch.float32
+    ) -> None:
         self.device = torch.device(device)
+        self.floats = floats
         self.inputs = {str(x.name): _shape(x) for x in model.graph.inputs}
         self.outputs = [str(y.name) for y in model.graph.outputs]
         self.constants = self._constants(model)
-        self._steps = _compile(model)
+        self._steps = _compile(model, floats)
         self._native: bool | None = None
         self._plans: dict[Any, tuple[list[int], dict[int, list[str]]]] = {}
 
@@ -49,7 +55,8 @@ class TorchGraph:
         found = {}
         for name, value in model.graph.initializers.items():
             if value.const_value is not None and not value.is_graph_input():
-                found[name] = as_tensor(value.const_value.numpy()).to(self.device)
+                constant = as_tensor(value.const_value.numpy())
+                found[name] = constant.to(self.device, self.floats if constant.is_floating_point() else None)
         return found
 
     def run(
@@ -73,6 +80,10 @@ class TorchGraph:
             found = self._walk({name: _drop_one(x) for name, x in start.items()}, constants, names)
             return {name: found[name].unsqueeze(1) for name in names}
         return self._map(start, constants, names)
+
+    def run_one(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs for one sample as the model has it: nothing has a sample axis, floats are `floats`."""
+        return self._walk(dict(feeds), self.constants, self.outputs)
 
     def _map(self, start: dict[str, Tensor], constants: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         def one(sample: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -164,7 +175,7 @@ class _Step:
         self.outputs = [str(y.name) for y in node.outputs]
 
 
-def _compile(model: ir.Model) -> list[_Step]:
+def _compile(model: ir.Model, floats: torch.dtype) -> list[_Step]:
     steps: list[_Step] = []
     problems: dict[str, list[str]] = {}
     for node in model.graph:
@@ -174,7 +185,7 @@ def _compile(model: ir.Model) -> list[_Step]:
             problems.setdefault(kind, []).append(node.name or "")
             continue
         try:
-            steps.append(_Step(node, table[node.op_type](Spec(node))))
+            steps.append(_Step(node, table[node.op_type](Spec(node, floats))))
         except Unsupported as error:
             problems.setdefault(f"{node.op_type}: {error}", []).append(node.name or "")
     if problems:

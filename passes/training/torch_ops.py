@@ -22,7 +22,7 @@ import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 
-from sparsec.passes.training.torch_spec import Function, Spec, Tensor, Unsupported
+from sparsec.passes.training.torch_spec import Function, Spec, Tensor, Unsupported, following
 from sparsec.passes.training.torch_views import VIEWS
 
 # ---- elementwise
@@ -46,6 +46,8 @@ def _fold(function: Function) -> Callable[[Spec], Function]:
 
 def _sqrt(x: Tensor) -> Tensor:
     """With a derivative of 0 at 0, where torch's is infinite: the magnitude of a spectrum of silence, sqrt(re^2 + im^2)."""
+    if not torch.is_grad_enabled():
+        return x.sqrt()
     return torch.where(x == 0, x.detach(), torch.where(x == 0, torch.ones_like(x), x).sqrt())
 
 
@@ -123,8 +125,8 @@ def _gelu(spec: Spec) -> Function:
     return lambda x: F.gelu(x, approximate=approximate)
 
 
+_FLOATS = ("FLOAT", "FLOAT16", "DOUBLE", "BFLOAT16")
 _TYPES = {
-    "FLOAT": torch.float32, "FLOAT16": torch.float32, "DOUBLE": torch.float32, "BFLOAT16": torch.float32,
     "INT64": torch.int64, "INT32": torch.int32, "INT16": torch.int16, "INT8": torch.int8, "UINT8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
@@ -132,9 +134,10 @@ _TYPES = {
 
 def _cast(spec: Spec) -> Function:
     name = ir.DataType(spec.int("to", 1)).name
-    if name not in _TYPES:
+    if name not in _TYPES and name not in _FLOATS:
         raise Unsupported(f"it casts to {name}")
-    return lambda x: x.to(_TYPES[name])
+    kind = spec.floats if name in _FLOATS else _TYPES[name]
+    return lambda x: x.to(kind)
 
 
 # ---- products and convolutions
@@ -145,7 +148,10 @@ def _gemm(spec: Spec) -> Function:
     ta, tb = spec.int("transA", 0), spec.int("transB", 0)
 
     def apply(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
-        y = (a.mT if ta else a) @ (b.mT if tb else b)
+        a, b = a.mT if ta else a, b.mT if tb else b
+        if c is not None and alpha == beta == 1.0:
+            return torch.addmm(c, a, b)
+        y = a @ b
         y = y if alpha == 1.0 else alpha * y
         return y if c is None else y + (c if beta == 1.0 else beta * c)
 
@@ -242,6 +248,11 @@ def _max_pool(spec: Spec) -> Function:
         raise Unsupported("it also returns indices")
     w = _windows(spec, spec.ints("kernel_shape") or [])
     function = _MAX_POOL[len(w.kernel)]
+    sides = list(zip(w.begin, w.end, w.strides, w.kernel, strict=True))
+    if all(0 <= begin - end < stride and 0 <= 2 * begin <= k for begin, end, stride, k in sides):
+        return lambda x: function(
+            x, w.kernel, w.strides, w.begin, w.dilations
+        )  # reads as far with `begin` at both ends
     return lambda x: function(w.pad(x, -math.inf), w.kernel, w.strides, 0, w.dilations)
 
 
@@ -261,8 +272,8 @@ def _average_pool(spec: Spec) -> Function:
         ones = F.pad(ones, [p for r in reversed(rest) for p in (0, r)])
     else:
         ones = w.pad(ones, 0.0)
-    counts = _sums(ones, w)
-    return lambda x: _sums(w.pad(x, 0.0), w) / counts.to(x.device)
+    counts = following(_sums(ones, w))
+    return lambda x: _sums(w.pad(x, 0.0), w) / counts(x)
 
 
 def _sums(x: Tensor, w: _Windows) -> Tensor:

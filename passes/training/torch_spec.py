@@ -19,9 +19,10 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Spec:
-    """One node as the makers below see it: attributes, static shapes, constant inputs."""
+    """One node as the makers below see it: attributes, static shapes, constant inputs; `floats`: what floats are held in."""
 
     node: ir.Node
+    floats: torch.dtype = torch.float32
 
     def int(self, name: str, default: int) -> int:
         """An integer attribute."""
@@ -62,6 +63,19 @@ class Spec:
     def axis(self, default: int, rank: int) -> int:
         """The attribute `axis` counted from the front."""
         return self.int("axis", default) % max(rank, 1)
+
+
+def following(constant: Tensor) -> Callable[[Tensor], Tensor]:
+    """Gives a function's own constant on the device of what it meets, floats in its type; moved once."""
+    moved: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def at(x: Tensor) -> Tensor:
+        key = x.device, x.dtype if constant.is_floating_point() else constant.dtype
+        if key not in moved:
+            moved[key] = constant.to(*key)
+        return moved[key]
+
+    return at
 
 
 def static_shape(value: ir.Value | None) -> tuple[int, ...]:

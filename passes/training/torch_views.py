@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sparsec.passes.training.torch_spec import Function, Spec, Tensor, Unsupported, static_shape
+from sparsec.passes.training.torch_spec import Function, Spec, Tensor, Unsupported, following, static_shape
 
 
 def _reshape(spec: Spec) -> Function:
@@ -44,16 +44,17 @@ def _slice(spec: Spec) -> Function:
     starts, ends = spec.constant(1, "start"), spec.constant(2, "end")
     axes = spec.constant(3, "axes") if spec.has(3) else list(range(len(starts)))
     steps = spec.constant(4, "steps") if spec.has(4) else [1] * len(starts)
-    cuts: list[tuple[int, range]] = []
+    cuts: list[tuple[int, range, Callable[[Tensor], Tensor]]] = []
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         axis %= len(shape)
         extent = shape[axis]
-        cuts.append((axis, range(*slice(start, None if step < 0 and end < -extent else end, step).indices(extent))))
+        r = range(*slice(start, None if step < 0 and end < -extent else end, step).indices(extent))
+        cuts.append((axis, r, following(torch.tensor(list(r) if step < 0 else [], dtype=torch.int64))))
 
     def apply(x: Tensor, *_: Tensor) -> Tensor:
-        for axis, r in cuts:
+        for axis, r, indices in cuts:
             if r.step < 0:
-                x = x.index_select(axis, torch.tensor(list(r), device=x.device))
+                x = x.index_select(axis, indices(x))
             elif len(r) != shape[axis]:
                 at = [slice(None)] * axis + [slice(r.start, r.stop, r.step)]
                 x = x[tuple(at)]
@@ -111,11 +112,12 @@ def _pad(spec: Spec) -> Function:
         if b or e:
             numpy_mode = {"edge": "edge", "reflect": "reflect", "wrap": "wrap"}[mode]
             kept = np.arange(max(-b, 0), extents[axis] - max(-e, 0))
-            cuts.append((axis, torch.from_numpy(np.pad(kept, (max(b, 0), max(e, 0)), mode=numpy_mode))))  # type: ignore[call-overload]
+            source = np.pad(kept, (max(b, 0), max(e, 0)), mode=numpy_mode)  # type: ignore[call-overload]
+            cuts.append((axis, following(torch.from_numpy(source))))
 
     def apply(x: Tensor, *_: Tensor) -> Tensor:
         for axis, source in cuts:
-            x = x.index_select(axis, source.to(x.device))
+            x = x.index_select(axis, source(x))
         return x
 
     return apply
@@ -191,11 +193,11 @@ def _resize(spec: Spec) -> Function:
         scale = scales.get(axis, m / n)
         if n != m or scale != 1:
             source = _COORDINATES[law](np.arange(m, dtype=np.float64), scale, n, m)
-            steps.append((axis, torch.from_numpy(_interpolation(source, n, mode, rounding))))
+            steps.append((axis, following(torch.from_numpy(_interpolation(source, n, mode, rounding)))))
 
     def apply(x: Tensor, *_: Tensor) -> Tensor:
         for axis, matrix in steps:
-            x = torch.movedim(torch.movedim(x, axis, -1) @ matrix.to(x.device).mT, -1, axis)
+            x = torch.movedim(torch.movedim(x, axis, -1) @ matrix(x).mT, -1, axis)
         return x
 
     return apply

@@ -131,7 +131,7 @@ PLUGINS = click.option(
     "--plugin", "plugins", multiple=True, metavar="FILE.py", help="A Python file with passes of your own."
 )
 RUNTIME = click.option(
-    "--runtime", metavar="NAME", help="native, emulated, adb[:SERIAL], ssh:[USER@]HOST, node, chromium, ort."
+    "--runtime", metavar="NAME", help="native, emulated, adb[:SERIAL], ssh:[USER@]HOST, node, chromium, ort, torch."
 )
 REPORT = _options(
     click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),

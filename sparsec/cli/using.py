@@ -76,7 +76,7 @@ def verify_verb(
 
 @click.command("bench")
 @click.argument("path", metavar="ARTIFACT|MODEL.onnx")
-@click.option("--against", default="", metavar="NAME,...", help="Runtimes to time beside it: ort.")
+@click.option("--against", default="", metavar="NAME,...", help="Runtimes to time beside it: ort, torch.")
 @RUNTIME
 @click.option("--runs", default=50, show_default=True, metavar="N", help="Timed runs.")
 @click.option("--threads", type=int, metavar="N", help="Workers.  [default: the artifact's]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from samples import pair_artifact
 
 from sparsec.bench import Timing, _take_turns, bench, comparable_names
-from sparsec.errors import UsageError
+from sparsec.errors import RuntimeUnavailable, UsageError
 from sparsec.runtimes.base import Session, Stats
 
 
@@ -45,12 +46,22 @@ def test_threads() -> None:
         ({"threads": 0}, "1 to 256"),
         ({"against": ["orrt"]}, "did you mean 'ort'"),
         ({"against": ["adb"]}, "cannot compare"),
+        ({"against": ["tourch:cpu"]}, "'tourch:cpu'.* did you mean 'torch'"),
+        ({"against": ["ort:1"]}, "takes no argument"),
         ({"runtime": "nativ"}, "did you mean 'native'"),
     ],
 )
 def test_wrong_options(options: dict[str, object], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         bench(pair_artifact(), **options)  # type: ignore[arg-type]
+
+
+def test_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "sparsec.runtimes.torch", raising=False)
+    with pytest.raises(RuntimeUnavailable, match=r'missing: pip install "sparsec\[torch\]"') as caught:
+        bench(pair_artifact(), runs=3, against=["torch"])
+    assert caught.value.exit_code == 3
 
 
 def test_comparable() -> None:

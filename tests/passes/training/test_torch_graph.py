@@ -276,6 +276,19 @@ def test_real_models(name: str) -> None:
     assert graph._native is native
 
 
+@pytest.mark.parametrize("op", ["AveragePool", "Cast", "Conv", "Gemm", "MaxPool", "Pad", "Resize"])
+def test_one_sample_in_float16(op: str) -> None:
+    """What a function holds of its own is of the samples' type: torch refuses products of two."""
+    for body in CASES[op]:
+        model = case(body)
+        graph, single = TorchGraph(model, floats=torch.float16), TorchGraph(model)
+        feeds = {name: torch.from_numpy(f32(*shape)) for name, shape in graph.inputs.items()}
+        wanted = single.run_one(feeds)["y"].double()
+        found = graph.run_one({name: x.half() for name, x in feeds.items()})["y"]
+        assert found.dtype == torch.float16
+        assert float((found - wanted).abs().max()) <= 1e-2 * float(wanted.abs().max())
+
+
 def test_gradients_reach_weights_and_match_differences() -> None:
     model = case("h = Conv<pads = [1, 1, 1, 1]>(x, w3, b4) t = Tanh(h) y = GlobalAveragePool(t)")
     graph = TorchGraph(model)
