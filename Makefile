@@ -33,7 +33,7 @@ test: $(BIN)/.installed
 
 test-torch: $(BIN)/.installed
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable '.[torch]'
-	$(BIN)/python -m pytest tests/passes/training/test_torch_graph.py tests/passes/training/test_recover.py
+	$(BIN)/python -m pytest tests/passes/training/test_torch_graph.py tests/passes/training/test_recover.py tests/runtimes/test_torch.py
 
 test-backend: $(BIN)/.installed
 	$(BIN)/python -W ignore tools/backend_suite.py --jobs $(JOBS)

@@ -62,6 +62,8 @@ class TorchSession(Session):
             held.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(threads)
             held.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False))
+            held.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
             if device.type == "cuda":
                 held.enter_context(torch.cuda.device(device))
             self._graph = _graph(artifact, device, self._where)

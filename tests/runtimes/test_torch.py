@@ -104,9 +104,11 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_a_gpu(precision: str, refuses: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = cuda_artifact(precision)
     samples = pair_inputs(2)
+    torch.set_float32_matmul_precision("medium")
     with FakeCuda(monkeypatch, refuses) as fake, find_runtime("torch", artifact).open(artifact) as session:
         assert session._graph.floats == {"f32": torch.float32, "f16": torch.float16}[precision]
         assert not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "highest"
         found = [session.run(sample) for sample in samples]
         call = session.once(samples[0])
         fake.log.clear()
@@ -121,6 +123,8 @@ def test_on_a_gpu(precision: str, refuses: bool, monkeypatch: pytest.MonkeyPatch
         assert device.stats.runs == 2
         assert fake.streams == ["default"]
     assert torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == "medium"
+    torch.set_float32_matmul_precision("highest")
     with find_runtime("ort", pair_artifact()).open(pair_artifact()) as reference:
         for sample, outputs in zip(samples, found, strict=True):
             for name, wanted in reference.run(sample).items():

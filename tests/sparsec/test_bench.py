@@ -71,6 +71,7 @@ def test_comparable() -> None:
 
 def test_sessions_take_turns_in_changing_order() -> None:
     log: list[str] = []
+    settled: list[str] = []
 
     class Logging(Session):
         interleaves = True
@@ -87,6 +88,9 @@ def test_sessions_take_turns_in_changing_order() -> None:
         def once(self, inputs: dict[str, np.ndarray]) -> Callable[[], object]:
             return lambda: log.append(self.name)
 
+        def settle(self) -> None:
+            settled.append(log[-1])
+
     told: list[int] = []
     stats = _take_turns(
         {"a": Logging("a"), "b": Logging("b")}, {}, runs=5, progress=lambda what, done, total: told.append(done)
@@ -95,3 +99,4 @@ def test_sessions_take_turns_in_changing_order() -> None:
     assert told == [1, 2, 3, 4, 5]
     pairs = ["".join(log[i : i + 2]) for i in range(0, len(log), 2)]
     assert pairs == ["ab", "ba"] * 4  # 3 untimed rounds and 5 timed ones
+    assert settled == log  # each before the next one runs
