@@ -15,14 +15,14 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 import sparsec
-from sparsec.codegen import assembly, kernel_text
-from sparsec.emit import HEADER_BYTES, weights_blob
+from sparsec.building.codegen import assembly, kernel_text
+from sparsec.building.emit import HEADER_BYTES, weights_blob
 from sparsec.kernels import conv
 from sparsec.kernels.base import variant
-from sparsec.loading import load_model, model_bytes
+from sparsec.loading.load import load_model, model_bytes
 from sparsec.lowering import lower
 from sparsec.lowering.structure import detect_structure
-from sparsec.pipeline import run_passes
+from sparsec.rewriting.pipeline import run_passes
 from sparsec.targets import find_target
 
 

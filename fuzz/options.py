@@ -11,8 +11,8 @@ from sparsec.budget import Budget
 from sparsec.cli.arguments import parse_binds, parse_inputs, parse_shapes
 from sparsec.images import Images
 from sparsec.limits import parse_limits
-from sparsec.pass_specs import parse_spec
 from sparsec.passes.pruning.masks import Pattern
+from sparsec.rewriting.pass_specs import parse_spec
 from sparsec.targets import find_target
 
 READERS: tuple[tuple[Callable[[str], object], tuple[str, ...]], ...] = (

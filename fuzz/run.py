@@ -67,10 +67,10 @@ def with_atheris(name: str, arguments: list[str], keep: Path) -> None:
 
     readers = ["external_data", "manifest", "npz", "reading", "recipe", "tuning"]
     with atheris.instrument_imports(include=["yaml", *(f"sparsec.{name}" for name in readers)]):
-        import sparsec.loading
+        import sparsec.loading.load
         import sparsec.manifest
         import sparsec.npz
-        import sparsec.recipe
+        import sparsec.rewriting.recipe
         import sparsec.tuning  # noqa: F401
     target = TARGETS[name]
     seeds = target.seeds()

@@ -60,7 +60,7 @@ def file_of(data: bytes, name: str) -> Iterator[Path]:
 
 def _model_file(data: bytes) -> None:
     """Parsing, counts, data of tensors; external data finds an empty folder."""
-    from sparsec.reading import read_source
+    from sparsec.loading.reading import read_source
 
     with file_of(data, "m.onnx") as path, one_line():
         read_source(path, LIMITS)
@@ -68,7 +68,7 @@ def _model_file(data: bytes) -> None:
 
 def _model(data: bytes) -> None:
     """All of loading, in its own process. A crash there is an error of one line too, and counted by the caller."""
-    from sparsec.loading import load_model, model_bytes
+    from sparsec.loading.load import load_model, model_bytes
 
     with one_line():
         model_bytes(load_model(data, limits=LIMITS))
@@ -143,8 +143,8 @@ def _models() -> list[bytes]:
 
 
 def _recipe(data: bytes) -> None:
-    from sparsec.pass_specs import resolve_passes
-    from sparsec.recipe import load_recipe
+    from sparsec.rewriting.pass_specs import resolve_passes
+    from sparsec.rewriting.recipe import load_recipe
 
     with file_of(data, "r.yaml") as path, one_line():
         recipe = load_recipe(path)

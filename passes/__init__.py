@@ -19,7 +19,7 @@ from sparsec.passes.normalization.widen import Widen
 from sparsec.passes.pruning.prune import Prune
 from sparsec.passes.quantization.quantize import Quantize
 from sparsec.passes.training.recover import Recover
-from sparsec.passes_api import Pass
+from sparsec.rewriting.passes_api import Pass
 
 # Built-in passes by `Pass.name`; adding one is adding a line here.
 BUILT_IN: tuple[type[Pass], ...] = (

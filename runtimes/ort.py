@@ -25,7 +25,7 @@ class OrtSession(Session):
 
     def __init__(self, model: bytes | str | Path, threads: int = 1, where: str = "", optimize: bool = True) -> None:
         try:
-            from sparsec.ort_session import open_session
+            from sparsec.proving.ort_session import open_session
         except ImportError as error:
             raise RuntimeUnavailable("ONNX Runtime is missing: pip install onnxruntime", "ort") from error
         self._where = where or (str(model) if not isinstance(model, bytes) else "model")

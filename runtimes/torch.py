@@ -25,9 +25,9 @@ import onnx
 import onnx_ir as ir
 
 from sparsec.errors import CheckError, ModelError, RuntimeUnavailable, UnsupportedError, UsageError, one_line
-from sparsec.parity import tallies_of
+from sparsec.proving.parity import tallies_of
+from sparsec.proving.samples import parity_outputs, read_parity
 from sparsec.runtimes.base import Arrays, Compiled, DeviceTime, Runtime, Session, Stats
-from sparsec.samples import parity_outputs, read_parity
 
 try:
     import torch

@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from sparsec.compiler import compile, rewrite
     from sparsec.errors import SparsecError
     from sparsec.images import Images
-    from sparsec.passes_api import Pass, PassResult
+    from sparsec.rewriting.passes_api import Pass, PassResult
     from sparsec.tuner import tune
 
 # Loaded on first use: `sparsec --help` should not wait for TVM.
 _HOMES = {
     "Artifact": "artifact",
     "Images": "images",
-    "Pass": "passes_api",
-    "PassResult": "passes_api",
+    "Pass": "rewriting.passes_api",
+    "PassResult": "rewriting.passes_api",
     "SparsecError": "errors",
     "compile": "compiler",
     "load": "artifact",

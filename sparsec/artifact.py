@@ -34,7 +34,7 @@ from sparsec.ports import InputSpec, Quantization
 if TYPE_CHECKING:
     from sparsec.bench import Timing
     from sparsec.program import Program
-    from sparsec.verify import Verification
+    from sparsec.proving.verify import Verification
 
 TOOLS = ("apache-tvm", "numpy", "onnx", "onnx-ir", "onnxruntime", "ziglang")
 DIGESTS = ("model", "recipe", "calibration", "tuning")
@@ -222,8 +222,8 @@ class Artifact:
         runtime: str | None = None,
         preprocess: str | None = None,
     ) -> Verification:
-        """Compare with ONNX Runtime: `.passed`, `.parity`, `.fidelity`, `.accuracy`. See `sparsec.verify.verify`."""
-        from sparsec.verify import verify
+        """Compare with ONNX Runtime: `.passed`, `.parity`, `.fidelity`, `.accuracy`. See `sparsec.proving.verify.verify`."""
+        from sparsec.proving.verify import verify
 
         return verify(self, data=data, against=against, runtime=runtime, preprocess=preprocess)
 

@@ -19,7 +19,7 @@ from onnx.backend.base import BackendRep, namedtupledict
 from sparsec.errors import DataError, UnsupportedError
 from sparsec.inprocess import InProcess
 from sparsec.limits import DEFAULT, Limits
-from sparsec.loading import load_model
+from sparsec.loading.load import load_model
 from sparsec.lowering import lower
 from sparsec.program import Program
 from sparsec.targets import Target, find_target

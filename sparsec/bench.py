@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsec.errors import UsageError
+from sparsec.proving.samples import read_parity
 from sparsec.runtimes.base import DeviceTime, Session, Stats, find_runtime, runtime_names
-from sparsec.samples import read_parity
 from sparsec.targets import suggest
 
 if TYPE_CHECKING:

@@ -38,14 +38,14 @@ import onnx_ir as ir
 
 from sparsec.data import Data
 from sparsec.errors import CheckError, RecipeError, UsageError
-from sparsec.loading import model_bytes
+from sparsec.loading.load import model_bytes
 from sparsec.lowering import lower
 from sparsec.lowering.predict import layer_price
-from sparsec.pass_specs import PassStep, as_step
 from sparsec.passes.layers import select_layers
 from sparsec.passes.measure.fidelity import Fidelity
 from sparsec.passes.measure.trial import fast_session, in_parallel
-from sparsec.pipeline import run_passes
+from sparsec.rewriting.pass_specs import PassStep, as_step
+from sparsec.rewriting.pipeline import run_passes
 from sparsec.targets import Target
 
 HELD_OUT = 4  # every 4th calibration sample judges, the others calibrate

@@ -24,29 +24,29 @@ import onnx_ir as ir
 from sparsec.artifact import Artifact, Facts, artifact_path, load, write_artifact
 from sparsec.bench import faster
 from sparsec.budget import Budget, fit_budget
-from sparsec.build import build, pack_parity
-from sparsec.codegen import kernel_text
+from sparsec.building.build import build, pack_parity
+from sparsec.building.codegen import kernel_text
 from sparsec.data import Data, load_data
 from sparsec.errors import CheckError, RuntimeUnavailable, UsageError
 from sparsec.images import Images
 from sparsec.limits import DEFAULT, Limits
-from sparsec.loading import model_bytes
+from sparsec.loading.load import model_bytes
+from sparsec.loading.preflight import preflight
 from sparsec.lowering import lower
 from sparsec.lowering.predict import layer_price
-from sparsec.ort_session import limited
-from sparsec.pass_specs import resolve_passes
 from sparsec.passes.quantization.ports import QuantizedPorts, port_quantization
-from sparsec.pipeline import run_passes
 from sparsec.ports import InputSpec, input_spec
-from sparsec.preflight import preflight
 from sparsec.program import Program
-from sparsec.recipe import Recipe, load_recipe
-from sparsec.samples import conditioned_tolerances, parity_sample, rounding_tolerances
+from sparsec.proving.ort_session import limited
+from sparsec.proving.samples import conditioned_tolerances, parity_sample, rounding_tolerances
+from sparsec.proving.tolerance import floors, for_sample, tolerances
+from sparsec.proving.verify import verify
+from sparsec.rewriting.pass_specs import resolve_passes
+from sparsec.rewriting.pipeline import run_passes
+from sparsec.rewriting.recipe import Recipe, load_recipe
 from sparsec.staging import check_output, staged
 from sparsec.targets import Target, find_target, missing_features, with_cpu_fallback, with_precision
-from sparsec.tolerance import floors, for_sample, tolerances
 from sparsec.tuning import Lookup, read_tuning
-from sparsec.verify import verify
 
 Model = str | _os.PathLike[str] | bytes | onnx.ModelProto | ir.Model
 Calibration = str | Path | Mapping[str, np.ndarray] | Images

@@ -1,6 +1,6 @@
 """A Program run in this process: its kernels linked into one shared object, its steps walked in Python.
 
-What `sparsec.build` makes of a Program is an artifact, with the C runtime, for any target. This is the short way to the
+What `sparsec.building.build` makes of a Program is an artifact, with the C runtime, for any target. This is the short way to the
 same kernels and the same memory plan on this machine: no weights file, no runtime, one link of one object (or of many
 programs together). Each step is one call of `kernel(pointers..., begin, end)` (`sparsec.program`).
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsec.codegen import compile_kernels
+from sparsec.building.codegen import compile_kernels
 from sparsec.errors import BuildError, DataError, RuntimeUnavailable, one_line
 from sparsec.program import ALIGNMENT, MAX_ARGS, SLACK, Kernel, Program, Tensor
 from sparsec.runtimes.base import machine_arch

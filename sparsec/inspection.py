@@ -138,7 +138,7 @@ def report(program: Program, model_bytes: bytes, sizes: Mapping[str, int] | None
 
 def inspect_model(model: onnx_ir.Model, target: Target, name: str = "model") -> dict[str, Any]:
     """Report on a loaded ONNX model as it is, lowered for `target` but not built."""
-    from sparsec.loading import model_bytes
+    from sparsec.loading.load import model_bytes
     from sparsec.lowering import lower
 
     data = model_bytes(model)

@@ -2,7 +2,7 @@
 
 A model file is untrusted: a few hundred bytes can ask for gigabytes (a Range), for years (a Loop) or for a crash (a
 malformed attribute of an old operator). Counts are compared before work is done; what a count cannot foresee, the
-memory and the time of the process that loads the model (`sparsec.isolation`), is limited by the system.
+memory and the time of the process that loads the model (`sparsec.loading.isolation`), is limited by the system.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from sparsec.build import run_zig
-from sparsec.codegen import compile_kernels
+from sparsec.building.build import run_zig
+from sparsec.building.codegen import compile_kernels
 from sparsec.errors import BuildError
 from sparsec.kernels.base import KernelCall
 from sparsec.program import ALIGNMENT, MAX_ARGS, SLACK, Kernel

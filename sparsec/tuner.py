@@ -18,10 +18,10 @@ import numpy as np
 
 from sparsec import measure, tuning
 from sparsec.artifact import Artifact
-from sparsec.build import cache_folder
+from sparsec.building.build import cache_folder
 from sparsec.errors import CheckError, RuntimeUnavailable, TuningError, UsageError
 from sparsec.limits import DEFAULT, Limits
-from sparsec.loading import load_model
+from sparsec.loading.load import load_model
 from sparsec.lowering import lower
 from sparsec.lowering.prices import Prices, Way
 from sparsec.program import Kernel

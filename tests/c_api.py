@@ -14,7 +14,7 @@ from pathlib import Path
 import hand_programs
 import numpy as np
 
-from sparsec.build import build, pack_parity
+from sparsec.building.build import build, pack_parity
 from sparsec.program import Program
 from sparsec.targets import find_target
 

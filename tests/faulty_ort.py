@@ -1,4 +1,4 @@
-"""What a server of `sparsec.isolation` imports in a test: ONNX Runtime with its known faults left in, and with made-up ones.
+"""What a server of `sparsec.loading.isolation` imports in a test: ONNX Runtime with its known faults left in, and with made-up ones.
 
 A graph named `crashes` ends the process, one named `hangs` never returns.
 """
@@ -9,7 +9,8 @@ import os
 import signal
 from typing import Any
 
-from sparsec import loading, ort_faults, ort_session
+from sparsec.loading import load as loading
+from sparsec.proving import ort_faults, ort_session
 
 ort_faults.OF_HALF = ()
 warm = loading.warm

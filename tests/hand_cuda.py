@@ -116,7 +116,7 @@ def build_with_emulation(made: Program, folder: Path, **options: object) -> Path
     """What `build` makes of `made`, a parity.bin and emulation.so, in the new `folder`."""
     from cuda_emulator import build_emulation
 
-    from sparsec.build import build, pack_parity
+    from sparsec.building.build import build, pack_parity
     from sparsec.cuda.source import cuda_source
 
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Runs kernels alone: compile with `sparsec.codegen`, link with the C compiler, call through ctypes.
+"""Runs kernels alone: compile with `sparsec.building.codegen`, link with the C compiler, call through ctypes.
 
 Shared by the tests of kernels and of the generic route. Every buffer gets only what the runtime promises
 (`sparsec.program`): it is aligned to its elements, as a part of a Concat is, and has readable slack behind it, filled with
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from emulation import Emulation, Place
 
-from sparsec.codegen import compile_kernels
+from sparsec.building.codegen import compile_kernels
 from sparsec.program import MAX_ARGS, SLACK, Kernel
 from sparsec.runtimes.base import machine_arch
 from sparsec.targets import Target, find_target

@@ -14,11 +14,11 @@ import onnx.parser
 import onnxruntime
 from harness import Library, ranges
 
-from sparsec.loading import load_model, model_bytes
+from sparsec.loading.load import load_model, model_bytes
 from sparsec.lowering import lower
 from sparsec.program import ALIGNMENT, SLACK, Program, Step
+from sparsec.proving.tolerance import tolerances
 from sparsec.targets import Target, find_target
-from sparsec.tolerance import tolerances
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21]>\n'
 

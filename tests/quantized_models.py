@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 from programs import onnx_runtime, parse, run_program
 
-from sparsec.loading import load_model, model_bytes
+from sparsec.loading.load import load_model, model_bytes
 from sparsec.lowering import lower
 from sparsec.program import Program
 from sparsec.targets import find_target

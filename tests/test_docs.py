@@ -25,7 +25,7 @@ def test_tour(capsys) -> None:
 
 def test_pass_how_to(tmp_path, capsys) -> None:
     """The worked example of docs/passes.md is a plugin that runs."""
-    from sparsec.pass_specs import resolve_passes
+    from sparsec.rewriting.pass_specs import resolve_passes
 
     text = (DOCS / "passes.md").read_text(encoding="utf-8")
     code = text.split("```python\n", 1)[1].split("```", 1)[0]

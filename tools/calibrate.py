@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsec import measure, tuner
-from sparsec.build import run_zig
+from sparsec.building.build import run_zig
 from sparsec.errors import RuntimeUnavailable, SparsecError
 from sparsec.kernels import conv
 from sparsec.kernels.base import Machine

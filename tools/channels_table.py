@@ -16,13 +16,13 @@ import time
 import numpy as np
 import onnxruntime as ort
 
-from sparsec.loading import load_model
+from sparsec.loading.load import load_model
 from sparsec.models import build
 from sparsec.passes import PruneChannels
 from sparsec.passes.channels.channel_choice import work
 from sparsec.passes.channels.cut import cut, silence
-from sparsec.passes_api import Context
-from sparsec.pipeline import model_bytes, relative_error
+from sparsec.rewriting.passes_api import Context
+from sparsec.rewriting.pipeline import model_bytes, relative_error
 
 
 def session(data: bytes) -> ort.InferenceSession:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsec.build import KERNEL_PREFIX, LIBRARY_SOURCES, kernel_object, runtime_sources
-from sparsec.emit import pack_parity, program_digest, program_source, weights_blob
+from sparsec.building.build import KERNEL_PREFIX, LIBRARY_SOURCES, kernel_object, runtime_sources
+from sparsec.building.emit import pack_parity, program_digest, program_source, weights_blob
 from sparsec.program import Program
 from sparsec.targets import find_target
 
@@ -85,11 +85,11 @@ def check(folder: Path, mode: str) -> tuple[int, str]:
 def lower_model(model: str, passes: Sequence[str], folder: Path) -> None:
     """Prepare `folder` for an ONNX file."""
     from sparsec.compiler import rewrite
-    from sparsec.loading import model_bytes
+    from sparsec.loading.load import model_bytes
     from sparsec.lowering import lower
     from sparsec.ports import InputSpec
-    from sparsec.samples import parity_sample
-    from sparsec.tolerance import tolerances
+    from sparsec.proving.samples import parity_sample
+    from sparsec.proving.tolerance import tolerances
 
     target = find_target("host", CPU)
     rewritten = rewrite(model, passes=passes)

@@ -21,7 +21,7 @@ from sparsec import models
 from sparsec.artifact import Artifact
 from sparsec.bench import Timing
 from sparsec.errors import RuntimeUnavailable, SparsecError
-from sparsec.verify import Verification
+from sparsec.proving.verify import Verification
 
 VARIANTS = {
     "dense": (),

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsec.inprocess import InProcess
-from sparsec.loading import load_model
+from sparsec.loading.load import load_model
 from sparsec.lowering import lower
 from sparsec.program import Program
 from sparsec.targets import Target, find_target

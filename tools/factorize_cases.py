@@ -44,7 +44,7 @@ def thinned(given: Case, calibration: int, held: int) -> Case:
 
 def case(name: str) -> Case:
     """By name."""
-    from sparsec.loading import load_model
+    from sparsec.loading.load import load_model
 
     path = FOLDER / "models" / FILES[name]
     if name == "nsnet2":

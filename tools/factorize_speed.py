@@ -24,7 +24,7 @@ def speed_rows(given: Case, shares: list[float], rounds: int, keep: Path) -> Ite
 
     import sparsec
     from sparsec.bench import find_runtime, read_parity
-    from sparsec.loading import load_model
+    from sparsec.loading.load import load_model
     from sparsec.lowering import lower
     from sparsec.passes.layers import weighted_layers
     from sparsec.ports import input_spec

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sparsec
-from sparsec.loading import load_model
+from sparsec.loading.load import load_model
 from sparsec.lowering import lower
 from sparsec.runtimes.native import Native
 from sparsec.targets import find_target

@@ -51,7 +51,8 @@ def make(folder: Path, gigabytes: float) -> Path:
 
 PROGRAM = """
 import resource, sys
-from sparsec import cli, isolation
+from sparsec import cli
+from sparsec.loading import isolation
 worst = [0]
 check = isolation._check_ending
 def remember(ending, *others):

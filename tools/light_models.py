@@ -30,10 +30,10 @@ COLUMNS = ("model", "ONNX's test", "drawn weights: error", "tolerance", "CPU s",
 def check(name: str) -> list[str]:
     """A row of the table."""
     from sparsec.backend import Backend
-    from sparsec.loading import load_model
-    from sparsec.parity import errors
+    from sparsec.loading.load import load_model
+    from sparsec.proving.parity import errors
+    from sparsec.proving.tolerance import derive_tolerance
     from sparsec.runtimes.ort import OrtSession
-    from sparsec.tolerance import derive_tolerance
 
     started = time.process_time()
     try:

@@ -173,7 +173,7 @@ def log_softmax(y: np.ndarray) -> np.ndarray:
 def measure(cell: Cell, folder: Path) -> dict[str, Any]:
     """Prune and compare with the dense model."""
     import sparsec
-    from sparsec.loading import load_model, model_bytes
+    from sparsec.loading.load import load_model, model_bytes
     from sparsec.passes.layers import select_layers
 
     calibration, held = DATA[cell.model](folder)

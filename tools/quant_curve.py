@@ -55,7 +55,7 @@ def pruned(keep: Path, block: str, share: int) -> Path:
 def prepare(keep: Path, folder: Path, kind: str, share: int) -> dict[str, Any]:
     """Prune and quantize where that is not done yet; accuracy on the held-out photographs."""
     import sparsec
-    from sparsec.loading import load_model, model_bytes
+    from sparsec.loading.load import load_model, model_bytes
 
     calibration, (x, y) = DATA[MODEL](folder)
     source = in_floats(folder / "models" / FILES[MODEL])

@@ -4,7 +4,7 @@ Every figure is paired with the float32 model on the same samples, which calibra
 agreement of the top class, KL of the outputs. Photographs: the classes divisible by 4 calibrate, the others are
 measured; labels are used for top-1 only. With `--compile` every model is also built for this machine and compared with
 ONNX Runtime on the same quantized model: the share of outputs within one quantization step, the same for another correct
-implementation (`sparsec.rounding`), and on how many of `PARITY` samples the top class is the same.
+implementation (`sparsec.proving.rounding`), and on how many of `PARITY` samples the top class is the same.
 
 Each cell runs in a process of its own (its peak memory is reported) and is written at once; cells that the JSON holds
 are not run again, but compiled where that is missing and `--keep` names the folder that has the model. Data from the
@@ -123,7 +123,7 @@ def stored(model: Any) -> tuple[int, int, float]:
 def measure(cell: Cell, folder: Path) -> dict[str, Any]:
     """Quantize and compare with the float32 model."""
     import sparsec
-    from sparsec.loading import load_model, model_bytes
+    from sparsec.loading.load import load_model, model_bytes
 
     calibration, (x, y) = DATA[cell.model](folder)
     source = in_floats(folder / "models" / FILES[cell.model])
@@ -172,7 +172,7 @@ def measure(cell: Cell, folder: Path) -> dict[str, Any]:
 
 def build(cell: Cell, folder: Path) -> dict[str, Any]:
     """`built` of a model that was kept."""
-    from sparsec.loading import load_model
+    from sparsec.loading.load import load_model
 
     model = load_model(cell.kept)
     return built(model, {str(model.graph.inputs[0].name): DATA[cell.model](folder)[1][0][:PARITY]})
@@ -180,9 +180,9 @@ def build(cell: Cell, folder: Path) -> dict[str, Any]:
 
 def followed(pruned: Any, original: Any, passes: list[str], data: Any) -> Any:
     """`passes` on a model that was pruned before, as in one run after `original`."""
-    from sparsec.loading import model_bytes
-    from sparsec.pass_specs import parse_spec
-    from sparsec.passes_api import Context
+    from sparsec.loading.load import model_bytes
+    from sparsec.rewriting.pass_specs import parse_spec
+    from sparsec.rewriting.passes_api import Context
 
     for spec in passes:
         step = parse_spec(spec)

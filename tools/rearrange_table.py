@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from sparsec.loading import load_model
+from sparsec.loading.load import load_model
 from sparsec.models import build
 from sparsec.passes import Rearrange
 from sparsec.passes.layers import block_sums, parse_block, select_layers
-from sparsec.pipeline import check_equal, model_bytes
+from sparsec.rewriting.pipeline import check_equal, model_bytes
 
 TRAINED = ("mobilenetv2_torchvision", "squeezenet1.1", "resnet20_cifar10")
 

@@ -3,11 +3,11 @@
     loaded    = ONNX Runtime on the model as it was drawn     what upgrading, folding and normalizing made of it
     compiled  = ONNX Runtime on the rewritten model           what passes left to lowering and kernels
 
-Real numbers: |difference| <= T max|y| + 8 W. T is derived from the lengths of the sums (`sparsec.tolerance`). W is how far
+Real numbers: |difference| <= T max|y| + 8 W. T is derived from the lengths of the sums (`sparsec.proving.tolerance`). W is how far
 ONNX Runtime's own y moves when its inputs move by one unit in the last place (where sums cancel, no implementation can do
 better) and, for float16, how far it lies from the same model in float32.
 
-Behind a QuantizeLinear the law of `sparsec.rounding` holds, as in `sparsec verify`. Whole numbers are equal.
+Behind a QuantizeLinear the law of `sparsec.proving.rounding` holds, as in `sparsec verify`. Whole numbers are equal.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from fuzz.graphs.draft import F16, random_array
 from sparsec.errors import RecipeError, UnsupportedError
 from sparsec.inprocess import InProcess
 from sparsec.limits import Limits
-from sparsec.loading import load_model, model_bytes
+from sparsec.loading.load import load_model, model_bytes
 from sparsec.lowering import lower
 from sparsec.passes.normalization.fold_constants import quiet_session
 from sparsec.passes.normalization.widen import Widen
 from sparsec.passes.quantization.ports import QuantizedPorts
-from sparsec.pipeline import run_passes
 from sparsec.ports import input_spec
-from sparsec.rounding import Rounding, allowed_count, beyond, rounding
+from sparsec.proving.rounding import Rounding, allowed_count, beyond, rounding
+from sparsec.proving.tolerance import behind_half, floors, for_sample, tolerances
+from sparsec.rewriting.pipeline import run_passes
 from sparsec.targets import find_target
-from sparsec.tolerance import behind_half, floors, for_sample, tolerances
 
 Arrays = dict[str, np.ndarray]
 

@@ -11,7 +11,7 @@ import onnx
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-from sparsec.opsets import OPSET
+from sparsec.loading.opsets import OPSET
 from sparsec.passes.normalization.fold_constants import quiet_session
 
 F16, F32, F64 = np.dtype("f2"), np.dtype("f4"), np.dtype("f8")

@@ -17,7 +17,7 @@ from sparsec.passes.channels.cut import Removal
 from sparsec.passes.layers import WeightedLayer, weighted_layers
 from sparsec.passes.measure.statistics import Activations, input_of
 from sparsec.passes.normalization.fold_constants import constant, static_shape
-from sparsec.passes_api import Context
+from sparsec.rewriting.passes_api import Context
 
 WEIGHT_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 

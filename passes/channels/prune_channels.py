@@ -36,7 +36,7 @@ from sparsec.passes.channels.constant_channels import constant_channels
 from sparsec.passes.channels.coupling import ChannelClass, couple
 from sparsec.passes.channels.cut import Removal, cut
 from sparsec.passes.channels.dead_channels import dead_units, fold_into_biases
-from sparsec.passes_api import Context, Pass, PassResult
+from sparsec.rewriting.passes_api import Context, Pass, PassResult
 
 DEFAULT_FLOPS = 0.5
 DEFAULT_WIDTH = 8  # float32 lanes without a target

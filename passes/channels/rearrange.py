@@ -32,7 +32,7 @@ from sparsec.passes.layers import WEIGHTED, WeightedLayer, block_sums, select_la
 from sparsec.passes.measure.statistics import gather
 from sparsec.passes.pruning.importance import activation_scores
 from sparsec.passes.pruning.masks import Pattern, magnitude
-from sparsec.passes_api import Context, Pass, PassResult
+from sparsec.rewriting.passes_api import Context, Pass, PassResult
 
 PRUNED = 0.2  # share of zeros from which a model counts as pruned already
 MIN_GAIN = 1e-3

@@ -53,7 +53,7 @@ from sparsec.passes.measure.trial import fetch, pick_samples, reference_outputs
 from sparsec.passes.pruning.masks import Pattern
 from sparsec.passes.quantization.graph import plan
 from sparsec.passes.quantization.quantize import Quantize
-from sparsec.passes_api import Context, Pass, PassResult
+from sparsec.rewriting.passes_api import Context, Pass, PassResult
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from sparsec.passes.measure.statistics import Statistics, input_of
 from sparsec.passes.measure.trial import Part, fetch
 from sparsec.passes.pruning.masks import Pattern
 from sparsec.passes.quantization.grid import row_grid
-from sparsec.passes_api import Context
+from sparsec.rewriting.passes_api import Context
 
 SHARES = (0.1, 0.15, 0.25, 0.35, 0.5, 0.7)  # of a layer's weights
 METHODS = ("sparse", "low-rank", "residual", "int8")

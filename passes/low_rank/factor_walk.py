@@ -33,7 +33,7 @@ from sparsec.passes.measure.replay import Pairs, Replay, goal_of
 from sparsec.passes.measure.statistics import input_of
 from sparsec.passes.pruning.masks import supports
 from sparsec.passes.pruning.reconstruct import AS_GOOD, RIDGE, TRUSTS, Problem, matched, problems, set_constant
-from sparsec.passes_api import Context, Samples
+from sparsec.rewriting.passes_api import Context, Samples
 
 
 @dataclass(frozen=True)

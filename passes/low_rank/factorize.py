@@ -45,7 +45,7 @@ from sparsec.passes.low_rank.rank_allocation import (
 from sparsec.passes.measure.statistics import Statistics, gather
 from sparsec.passes.pruning.masks import Pattern
 from sparsec.passes.pruning.reconstruct import RIDGE, damp
-from sparsec.passes_api import Context, Pass, PassResult, Samples
+from sparsec.rewriting.passes_api import Context, Pass, PassResult, Samples
 
 DEFAULT_PARAMETERS = 0.7
 FEWEST = 4  # steps of rank that a layer should have to choose from, before ranks are multiples of a whole register

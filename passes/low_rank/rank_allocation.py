@@ -40,7 +40,7 @@ from sparsec.passes.measure.replay import goal_of
 from sparsec.passes.measure.statistics import input_of
 from sparsec.passes.measure.trial import Part, fetch, in_parallel, pick_samples, reference_outputs
 from sparsec.passes.pruning.allocate import layer_cost
-from sparsec.passes_api import Context, Samples
+from sparsec.rewriting.passes_api import Context, Samples
 
 UNITS = ("parameters", "flops", "latency", "bytes")
 BYTES = {"bytes": stored_bytes, "int8 bytes": stored_int8_bytes}

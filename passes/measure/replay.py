@@ -24,7 +24,7 @@ import onnx_ir as ir
 from sparsec.passes.layers import WeightedLayer
 from sparsec.passes.measure.segments import Segment, batches, value_bytes, values_of
 from sparsec.passes.measure.statistics import columns, input_of, outputs, thinning
-from sparsec.passes_api import Samples
+from sparsec.rewriting.passes_api import Samples
 
 STORE = 3 << 28  # bytes of one cut, both models, all samples
 WALK_BATCH = 8  # samples a call: patches of k x k convolutions are k*k times the activation

@@ -24,7 +24,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from sparsec.errors import ModelError, one_line
-from sparsec.ort_session import open_session
+from sparsec.proving.ort_session import open_session
 
 BATCH = 16  # samples a call: enough to fill a matrix product, few enough for the widest activation
 SAME = 1e-3  # of the largest value: batching reorders sums, a wrong batching gives other numbers altogether

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from sparsec.errors import UnsupportedError
 from sparsec.passes.layers import WeightedLayer, readers
 from sparsec.passes.measure.segments import BATCH, Segment, batches, value_bytes
-from sparsec.passes_api import Context, Samples
+from sparsec.rewriting.passes_api import Context, Samples
 
 BUDGET = 1 << 29  # bytes of moments gathered in one run over the data
 FETCHED = 1 << 27  # bytes of activations of one batch, unless one sample has more

@@ -21,11 +21,11 @@ from onnx import numpy_helper
 
 from sparsec.data import load_data
 from sparsec.errors import DataError
-from sparsec.ort_session import open_session
 from sparsec.passes.layers import WeightedLayer
 from sparsec.passes.measure.fidelity import Fidelity
 from sparsec.passes.measure.segments import processors
 from sparsec.ports import input_spec
+from sparsec.proving.ort_session import open_session
 
 Arrays = Mapping[str, np.ndarray]
 Weights = Mapping[str, np.ndarray]  # initializer name -> array as stored

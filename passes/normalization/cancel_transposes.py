@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sparsec.passes.normalization.fold_constants import constant, remove_unused_initializers, static_shape
-from sparsec.passes_api import Context, Pass, PassResult
+from sparsec.rewriting.passes_api import Context, Pass, PassResult
 
 UNARY = frozenset({
     "Abs", "Cast", "Ceil", "Clip", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Log",

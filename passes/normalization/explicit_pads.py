@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from sparsec.passes.normalization.fold_constants import constant, remove_unused_initializers, static_shape
 from sparsec.passes.normalization.windows import automatic_pads
-from sparsec.passes_api import Context, Pass, PassResult
+from sparsec.rewriting.passes_api import Context, Pass, PassResult
 
 WINDOWED = ("Conv", "MaxPool", "AveragePool", "LpPool")
 

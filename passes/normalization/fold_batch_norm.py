@@ -24,7 +24,7 @@ import onnx_ir as ir
 from sparsec.passes.initializers import add_initializer
 from sparsec.passes.layers import WeightedLayer, as_layer
 from sparsec.passes.normalization.fold_constants import constant, remove_unused_initializers, static_shape
-from sparsec.passes_api import Context, Pass, PassResult
+from sparsec.rewriting.passes_api import Context, Pass, PassResult
 
 AFFINE = ("Mul", "Div", "Add", "Sub")
 

@@ -38,7 +38,7 @@ from sparsec.passes.normalization.control_flow import (
     unroll_scan,
 )
 from sparsec.passes.normalization.windows import resolve_ceil_mode
-from sparsec.passes_api import Context, Pass, PassResult
+from sparsec.rewriting.passes_api import Context, Pass, PassResult
 
 GROWTH_BYTES = 1 << 24  # a folded result may be this much larger than its inputs together
 DATA_ELEMENTS = 1024  # constants up to here take part in shape inference (shapes, axes, pads, sizes)

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from sparsec.passes.initializers import add_initializer
 from sparsec.passes.normalization.fold_constants import constant, remove_unused_initializers, static_shape
-from sparsec.passes_api import Context, Pass, PassResult
+from sparsec.rewriting.passes_api import Context, Pass, PassResult
 
 _SINCE = 17  # the opset that defines LayerNormalization
 

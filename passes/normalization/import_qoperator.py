@@ -27,7 +27,7 @@ from onnx_ir.passes import common
 
 from sparsec.passes.initializers import add_initializer
 from sparsec.passes.normalization.fold_constants import constant, remove_unused_initializers
-from sparsec.passes_api import Context, Pass, PassResult
+from sparsec.rewriting.passes_api import Context, Pass, PassResult
 
 FOREIGN = "com.microsoft"
 

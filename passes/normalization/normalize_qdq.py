@@ -28,7 +28,7 @@ from onnx_ir.passes import common
 from sparsec.passes.initializers import add_initializer
 from sparsec.passes.normalization.explicit_pads import spatial_zero_pad
 from sparsec.passes.normalization.fold_constants import constant, remove_unused_initializers, static_shape
-from sparsec.passes_api import Context, Pass, PassResult
+from sparsec.rewriting.passes_api import Context, Pass, PassResult
 
 # Unsigned type -> its signed one, and how far stored values move.
 SIGNED = {ir.DataType.UINT8: (ir.DataType.INT8, 128), ir.DataType.UINT4: (ir.DataType.INT4, 8)}

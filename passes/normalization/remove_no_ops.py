@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from sparsec.passes.normalization.fold_constants import constant, remove_unused_initializers, static_shape
-from sparsec.passes_api import Context, Pass, PassResult
+from sparsec.rewriting.passes_api import Context, Pass, PassResult
 
 # Slice, Pad and Tile of unchanged shape: for Slice a negative step may still reverse, see `_is_no_op`.
 SHAPE_ONLY = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand"})

@@ -27,7 +27,7 @@ import onnx_ir as ir
 
 from sparsec.passes.normalization.control_flow import UNROLL_STEPS
 from sparsec.passes.normalization.fold_constants import FoldConstants, constant, static_shape
-from sparsec.passes_api import Context, Pass, PassResult
+from sparsec.rewriting.passes_api import Context, Pass, PassResult
 
 _GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 RECURRENT = frozenset(_GATES)

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from sparsec.errors import RecipeError
 from sparsec.passes.normalization.fold_constants import remove_unused_initializers
-from sparsec.passes_api import Context, Pass, PassResult
+from sparsec.rewriting.passes_api import Context, Pass, PassResult
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "stash_type", "softmax_precision")

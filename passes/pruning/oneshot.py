@@ -22,7 +22,7 @@ from sparsec.passes.measure.statistics import gather
 from sparsec.passes.pruning.importance import activation_scores, second_order_scores
 from sparsec.passes.pruning.masks import Pattern, draw_masks, magnitude, supports
 from sparsec.passes.pruning.reconstruct import RIDGE, ROUGH, Problem, damp, set_constant
-from sparsec.passes_api import Context, Samples
+from sparsec.rewriting.passes_api import Context, Samples
 
 HELD = 1 << 30  # bytes of moments kept for refits; layers beyond that are shown unrefitted
 

@@ -34,7 +34,7 @@ from sparsec.passes.pruning.allocate import MEASURED, allocate
 from sparsec.passes.pruning.masks import Pattern, draw_masks, draw_masks_globally, draw_masks_in_turn, supports
 from sparsec.passes.pruning.oneshot import OneShot
 from sparsec.passes.pruning.reconstruct import RIDGE, reconstruct
-from sparsec.passes_api import Context, Pass, PassResult
+from sparsec.rewriting.passes_api import Context, Pass, PassResult
 
 DEFAULT_SPARSITY = 0.5
 MANY = 1 << 27  # weights: more are pruned layer by layer where that gives the same

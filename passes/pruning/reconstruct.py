@@ -36,7 +36,7 @@ from sparsec.passes.measure.replay import Pairs, Replay
 from sparsec.passes.measure.statistics import input_of
 from sparsec.passes.pruning.masks import Pattern, supports
 from sparsec.passes.pruning.regrow import regrow
-from sparsec.passes_api import Context, Samples
+from sparsec.rewriting.passes_api import Context, Samples
 
 RIDGE = 0.01
 TRUSTS = (0.0, 0.1, 0.25, 0.5, 1.0)

@@ -33,7 +33,7 @@ import onnx_ir as ir
 from sparsec.passes.layers import WeightedLayer, as_layer
 from sparsec.passes.measure.statistics import Activations
 from sparsec.passes.normalization.fold_constants import constant, static_shape
-from sparsec.passes_api import Samples
+from sparsec.rewriting.passes_api import Samples
 
 Equalize = Literal["none", "weights", "activations"]
 

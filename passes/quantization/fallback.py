@@ -31,7 +31,7 @@ from sparsec.passes.measure.trial import reference_outputs
 from sparsec.passes.quantization.graph import Plan, Range, insert
 from sparsec.passes.quantization.grid import Scales
 from sparsec.passes.quantization.rounding import nearest
-from sparsec.passes_api import Samples
+from sparsec.rewriting.passes_api import Samples
 
 LIMIT = 0.02  # nats of KL, or of relative square error
 

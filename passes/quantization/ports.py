@@ -22,8 +22,8 @@ from onnx_ir.passes import common
 from sparsec.passes.normalization.fold_constants import remove_unused_initializers
 from sparsec.passes.normalization.normalize_qdq import MOVES, quantization, same
 from sparsec.passes.normalization.normalize_qdq import Quantization as Parameters
-from sparsec.passes_api import Context, Pass, PassResult
 from sparsec.ports import Quantization
+from sparsec.rewriting.passes_api import Context, Pass, PassResult
 
 EIGHT = (ir.DataType.INT8, ir.DataType.UINT8)
 

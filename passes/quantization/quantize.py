@@ -53,7 +53,7 @@ from sparsec.passes.quantization.moments import expected_inputs
 from sparsec.passes.quantization.ranges import PERCENTILE, Observer, observe, ranges
 from sparsec.passes.quantization.rounding import How, Rounded, add_biases, nearest, round_layers
 from sparsec.passes.quantization.weight_only import nearest_grouped, round_grouped, store_grouped
-from sparsec.passes_api import Context, Pass, PassResult
+from sparsec.rewriting.passes_api import Context, Pass, PassResult
 
 FALLBACK_SAMPLES = 32
 GROUP = 64

@@ -27,7 +27,7 @@ from sparsec.errors import DataError
 from sparsec.passes.measure.segments import BATCH
 from sparsec.passes.measure.statistics import Activations
 from sparsec.passes.quantization.graph import Kind, Plan, Range
-from sparsec.passes_api import Context, Samples
+from sparsec.rewriting.passes_api import Context, Samples
 
 Observer = Literal["minmax", "average", "percentile", "mse", "entropy"]
 

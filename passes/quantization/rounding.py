@@ -32,7 +32,7 @@ from sparsec.passes.measure.replay import Replay
 from sparsec.passes.pruning.reconstruct import RIDGE, held_out_trust, matched, problems, set_constant
 from sparsec.passes.quantization.graph import Plan, Range, Step
 from sparsec.passes.quantization.grid import Rounding, Scales, round_weights, row_grid
-from sparsec.passes_api import Context, Samples
+from sparsec.rewriting.passes_api import Context, Samples
 
 BIAS_BITS = 30  # of 31: what int32 sums leave for the bias
 

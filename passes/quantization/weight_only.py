@@ -26,7 +26,7 @@ from sparsec.passes.measure.statistics import Statistics, gather
 from sparsec.passes.pruning.reconstruct import RIDGE, damp, set_constant
 from sparsec.passes.quantization.graph import read_dequantized
 from sparsec.passes.quantization.grid import Grid, Rounding, Scales, group_grid, round_weights
-from sparsec.passes_api import Samples
+from sparsec.rewriting.passes_api import Samples
 
 TYPES = {
     (8, False): ir.DataType.INT8,

@@ -28,7 +28,7 @@ import onnx_ir as ir
 from sparsec.errors import RecipeError, RuntimeUnavailable, UsageError
 from sparsec.passes.layers import FLOATS, WeightedLayer, as_layer
 from sparsec.passes.measure.matching import Agreement, agreement, put_back
-from sparsec.passes_api import Context, Pass, PassResult, Samples
+from sparsec.rewriting.passes_api import Context, Pass, PassResult, Samples
 
 if TYPE_CHECKING:
     from sparsec.passes.training.distill import Settings, Task, Trainable
@@ -128,7 +128,7 @@ class Recover(Pass):
 
     def _teacher(self, model: ir.Model, context: Context) -> ir.Model:
         if self.teacher:
-            from sparsec.loading import load_model
+            from sparsec.loading.load import load_model
 
             shapes = {str(x.name): tuple(int(str(d)) for d in x.shape or ()) for x in model.graph.inputs}
             try:

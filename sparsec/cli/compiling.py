@@ -74,8 +74,8 @@ def compile_verb(
 
 def _early(model: str, output: str, overwrite: bool, machine: Machine, limits: Limits) -> None:
     """The cheap mistakes, said before TVM is imported; the process that reads the model starts meanwhile."""
-    from sparsec import isolation
     from sparsec.artifact import artifact_path
+    from sparsec.loading import isolation
     from sparsec.manifest import SUFFIX
     from sparsec.staging import check_output
 
@@ -84,7 +84,7 @@ def _early(model: str, output: str, overwrite: bool, machine: Machine, limits: L
     if os.path.isfile(model):
         check_output(artifact_path(output, Path(model).name.removesuffix(".onnx").removesuffix(SUFFIX)), overwrite)
         if limits.isolate and isolation.available():
-            isolation.start("sparsec.loading")
+            isolation.start("sparsec.loading.load")
 
 
 def _compiled_json(artifact: Artifact, seconds: float) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def rewrite_verb(
     check_output(Path(output), overwrite)
     from sparsec.compiler import rewrite
     from sparsec.inspection import count_weights
-    from sparsec.saving import save_model
+    from sparsec.loading.saving import save_model
 
     records: list[dict[str, Any]] = []
     with progress() as say:

@@ -68,7 +68,7 @@ def models_verb(
 @REPORT
 def passes_verb(plugins: tuple[str, ...], as_json: bool, verbose: bool) -> None:
     """Known passes with their options and defaults."""
-    from sparsec.pass_registry import describe_passes
+    from sparsec.rewriting.pass_registry import describe_passes
 
     listing("passes", describe_passes(plugins), as_json, ("name", "summary", "options", "origin"))
 

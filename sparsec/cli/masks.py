@@ -59,7 +59,7 @@ def apply_verb(
     from sparsec.staging import staged_file
 
     with staged_file(Path(output), overwrite) as stage:
-        from sparsec.loading import model_bytes
+        from sparsec.loading.load import model_bytes
         from sparsec.masks_io import apply_masks, read_masks
 
         read = read_masks(masks)
@@ -92,7 +92,7 @@ def soup_verb(
     from sparsec.staging import staged_file
 
     with staged_file(Path(output), overwrite) as stage:
-        from sparsec.loading import model_bytes
+        from sparsec.loading.load import model_bytes
         from sparsec.soup import soup
 
         with progress() as say:
@@ -117,7 +117,7 @@ def soup_verb(
 
 
 def _load(path: str, fixed: Fixed) -> onnx_ir.Model:
-    from sparsec.loading import load_model
+    from sparsec.loading.load import load_model
 
     notes: list[str] = []
     model = load_model(path, fixed.shapes, fixed.bind, notes, fixed.limits)
@@ -131,10 +131,10 @@ def _damage(original: onnx_ir.Model, data: str, preprocess: str | None, say: Any
     import numpy as np
 
     from sparsec.data import load_data
-    from sparsec.loading import model_bytes
-    from sparsec.ort_session import open_session
+    from sparsec.loading.load import model_bytes
     from sparsec.passes.measure.fidelity import Fidelity
     from sparsec.ports import input_spec
+    from sparsec.proving.ort_session import open_session
 
     samples = load_data(data, [input_spec(x) for x in original.graph.inputs], preprocess)
     names = [str(y.name) for y in original.graph.outputs]

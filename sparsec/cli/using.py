@@ -30,7 +30,7 @@ def inspect_verb(path: str, machine: Machine, fixed: Fixed, as_json: bool, verbo
         result = inspect_artifact(load(path))
     else:
         target = machine.find()
-        from sparsec.preflight import preflight
+        from sparsec.loading.preflight import preflight
 
         notes: list[str] = []
         with progress() as say:
@@ -59,7 +59,7 @@ def verify_verb(
 ) -> None:  # fmt: skip
     """Compare an artifact with ONNX Runtime, the original model and labels."""
     from sparsec.artifact import load
-    from sparsec.verify import print_verification, verify
+    from sparsec.proving.verify import print_verification, verify
 
     if preprocess is not None and data is None:
         raise UsageError("needs --data, a folder of images", "--preprocess")

@@ -1,6 +1,6 @@
 """PrimFuncs that bind threads to CUDA C: the one module that touches TVM's CUDA back end.
 
-As for CPUs (`sparsec.codegen`) kernels become plain functions over pointers:
+As for CPUs (`sparsec.building.codegen`) kernels become plain functions over pointers:
 
     extern "C" __global__ void NAME(T0 *a0, T1 *a1, ...)
 
@@ -18,9 +18,9 @@ import tvm
 import tvm_ffi
 from tvm import ir, s_tir, tirx
 
+from sparsec.building.phases import BUILD_ERRORS, last_line, over_pointers, phases
 from sparsec.errors import BuildError
 from sparsec.kernels.cuda.emit import SHARED
-from sparsec.phases import BUILD_ERRORS, last_line, over_pointers, phases
 from sparsec.program import Kernel, Launch
 
 PRELUDE = """\

@@ -6,8 +6,8 @@ down to the host's mirror before it and up to the device after it: what the kern
 
 from __future__ import annotations
 
-from sparsec.codegen import argument_bytes
-from sparsec.emit import c_string, place
+from sparsec.building.codegen import argument_bytes
+from sparsec.building.emit import c_string, place
 from sparsec.errors import BuildError
 from sparsec.kernels.cuda.emit import MAX_GRID, MAX_THREADS
 from sparsec.lowering.loops import accesses_of

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from sparsec.codegen import argument_bytes
+from sparsec.building.codegen import argument_bytes
 from sparsec.errors import CheckError, UnsupportedError
 from sparsec.kernels import elementwise
 from sparsec.kernels.base import KernelCall, Machine, roofline_us

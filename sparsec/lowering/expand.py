@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 import onnx
 from onnx import TensorProto, helper
 
-from sparsec.functions import function_body
+from sparsec.loading.functions import function_body
 from sparsec.lowering.expansions import EXPANSIONS, Context, ExpansionError
 
 __all__ = ["ExpansionError", "expand_nodes"]

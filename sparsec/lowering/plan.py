@@ -16,7 +16,7 @@ import hashlib
 
 import numpy as np
 
-from sparsec.codegen import argument_bytes, same_code
+from sparsec.building.codegen import argument_bytes, same_code
 from sparsec.errors import CheckError
 from sparsec.lowering.calls import Calls, Ref
 from sparsec.program import ALIGNMENT, SLACK, Arg, Buffer, Constant, Kernel, Program, Step, Tensor

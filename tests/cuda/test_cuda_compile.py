@@ -12,7 +12,7 @@ from programs import parse
 import sparsec
 from sparsec.errors import ArtifactError, TargetError
 from sparsec.inspection import inspect_model
-from sparsec.loading import load_model
+from sparsec.loading.load import load_model
 from sparsec.manifest import check_manifest
 from sparsec.targets import cpu_names, find_target, missing_features, with_cpu_fallback, with_precision
 

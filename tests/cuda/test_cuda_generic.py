@@ -19,11 +19,11 @@ import sparsec
 from sparsec.cuda import nvrtc
 from sparsec.cuda.source import cuda_source, declared_shared, launch_of
 from sparsec.errors import UnsupportedError
-from sparsec.loading import load_model
+from sparsec.loading.load import load_model
+from sparsec.loading.preflight import preflight
 from sparsec.lowering import lower
 from sparsec.lowering.device import STATIC_SHARED
 from sparsec.lowering.generic import GenericRegion, lower_generic
-from sparsec.preflight import preflight
 from sparsec.targets import find_target, with_cpu_fallback, with_precision
 
 CUDA = find_target("cuda", arch="sm_90")

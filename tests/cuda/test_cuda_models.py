@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from programs import agree, feeds_of, run_program
 
-from sparsec.loading import load_model
+from sparsec.loading.load import load_model
 from sparsec.lowering import generic_share, lower
 from sparsec.models import build
+from sparsec.proving.tolerance import tolerances
 from sparsec.targets import find_target, with_precision
-from sparsec.tolerance import tolerances
 
 CUDA = find_target("cuda", arch="sm_87")
 

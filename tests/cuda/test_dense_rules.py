@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from programs import agree, parse
 
-from sparsec.loading import load_model
+from sparsec.loading.load import load_model
 from sparsec.lowering import lower
 from sparsec.targets import find_target, with_precision
 

@@ -14,7 +14,7 @@ import hand_cuda
 import pytest
 from cuda_stub import environment, stub_folder, without_driver
 
-from sparsec.build import runtime_sources
+from sparsec.building.build import runtime_sources
 
 pytest.importorskip("nvidia.cuda_nvrtc", reason="needs NVIDIA's compiler library: pip install 'sparsec[cuda]'")
 HERE = Path(__file__).parent
@@ -176,7 +176,7 @@ def test_the_static_library(device_only, tmp_path):
 
 
 def test_only_the_driver_is_not_linked(device_only):
-    from sparsec import elf
+    from sparsec.building import elf
 
     for name in ("libmodel.so", "bench"):
         data = (device_only / name).read_bytes()

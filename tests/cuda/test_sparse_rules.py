@@ -8,7 +8,7 @@ import pytest
 from kept_weights import product
 from programs import agree, parse
 
-from sparsec.loading import load_model
+from sparsec.loading.load import load_model
 from sparsec.lowering import lower
 from sparsec.program import MAX_ARGS
 from sparsec.targets import find_target, with_precision

@@ -17,7 +17,7 @@ from fuzz import campaign, graphs, run, targets
 from fuzz.c import run as c_run
 from fuzz.mutations import mutate_bytes, mutate_model
 from sparsec.errors import ModelError
-from sparsec.pass_specs import parse_spec
+from sparsec.rewriting.pass_specs import parse_spec
 
 RUNS = {"model": 15}
 

@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-from sparsec import cli, isolation
+from sparsec import cli
 from sparsec.errors import SparsecError
 from sparsec.limits import Limits
-from sparsec.loading import load_model
+from sparsec.loading import isolation
+from sparsec.loading.load import load_model
 
 SECONDS, BYTES = 10, 2 << 30
 

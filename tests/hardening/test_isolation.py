@@ -16,10 +16,10 @@ import numpy as np
 import onnx
 import pytest
 
-from sparsec import isolation
 from sparsec.errors import ModelError, RuntimeUnavailable, UsageError
-from sparsec.isolation import Allowance, call
-from sparsec.loading import load_model
+from sparsec.loading import isolation
+from sparsec.loading.isolation import Allowance, call
+from sparsec.loading.load import load_model
 
 PLENTY = Allowance(1 << 30, 60)
 TASKS = """
@@ -151,11 +151,11 @@ def test_after_a_fork(tasks: str) -> None:
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
     """When the process that asked is killed, its server ends."""
     code = (
-        "import os, signal; from sparsec import isolation; from sparsec.loading import load_model\n"
+        "import os, signal; from sparsec.loading import isolation; from sparsec.loading.load import load_model\n"
         "import onnx.parser\n"
         'load_model(onnx.parser.parse_model(\'<ir_version: 8, opset_import: ["" : 21]> g (float[2] x) => (float[2] y)'
         " { y = Relu(x) }'))\n"
-        "print(isolation._servers['sparsec.loading'].process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "print(isolation._servers['sparsec.loading.load'].process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)

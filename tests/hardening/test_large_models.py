@@ -11,13 +11,15 @@ import pytest
 from hardening.making import model, save, value
 from onnx import TensorProto, helper
 
-from sparsec import cli, pipeline, reading, saving
+from sparsec import cli
 from sparsec.errors import UsageError
 from sparsec.limits import Limits
-from sparsec.loading import load_model, model_bytes
+from sparsec.loading import reading, saving
+from sparsec.loading.load import load_model, model_bytes
+from sparsec.loading.saving import save_model
 from sparsec.passes.normalization.fold_constants import quiet_session
 from sparsec.passes.pruning import prune
-from sparsec.saving import save_model
+from sparsec.rewriting import pipeline
 
 SHAPES = ((8, 64), (64, 40), (40, 40), (40, 8))
 

@@ -10,7 +10,7 @@ from harness import Library
 from layers import Layer, check_layers
 from tvm.tirx.build import codegen_build
 
-from sparsec.codegen import lower_kernels, tvm_target
+from sparsec.building.codegen import lower_kernels, tvm_target
 from sparsec.kernels import conv, depthwise, elementwise, fc, gemm, normalize, planes, pool
 from sparsec.kernels.base import CHAIN
 from sparsec.kernels.epilogue import KINDS, NONE, RELU, RELU6, Activation, reference
@@ -102,7 +102,7 @@ def test_long_sums_are_cut_into_chains(target):
     for name, layer in (("conv", columns), ("gemm", Layer(gemm.bind(machine, m=8, w=w), expected, np.inf, x=x))):
         y = run(layer, target)
         errors[name] = np.sqrt(np.mean((y.astype(np.float64) - layer.expected) ** 2) / np.mean(layer.expected**2))
-    model = U * np.sqrt((CHAIN + terms / CHAIN) / 12)  # see sparsec.tolerance: u / sqrt(3) of sums that grow
+    model = U * np.sqrt((CHAIN + terms / CHAIN) / 12)  # see sparsec.proving.tolerance: u / sqrt(3) of sums that grow
     assert max(errors.values()) < 1.3 * model
     assert 1.3 * model < 0.5 * U * np.sqrt(terms / 12)
 

@@ -10,8 +10,8 @@ import onnx_ir as ir
 import pytest
 
 from sparsec.passes.normalization.fold_constants import FoldConstants
-from sparsec.passes_api import Pass
-from sparsec.pipeline import check_equal
+from sparsec.rewriting.passes_api import Pass
+from sparsec.rewriting.pipeline import check_equal
 
 
 def parse(text: str, weights: dict[str, np.ndarray] | None = None) -> ir.Model:

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from sparsec.passes.normalization.fold_constants import FoldConstants, constant, quiet_session
-from sparsec.passes_api import Context, Stacked
+from sparsec.rewriting.passes_api import Context, Stacked
 from tests.passes.conftest import parse, save
 
 # Convolutions (plain, depthwise, with and without bias), a residual, a join, pools and both kinds of products.

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsec import pass_specs
 from sparsec.passes import layers
 from sparsec.passes.layers import as_layer, block_sums, parse_block, spread_blocks, weighted_layers
 from sparsec.passes.normalization.fold_constants import quiet_session
+from sparsec.rewriting import pass_specs
 
 RNG = np.random.default_rng(6)
 

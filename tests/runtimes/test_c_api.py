@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from c_api import BAD_ARGUMENT, CPU_FEATURE, OK, Library, Options, TensorInfo
 
-from sparsec.emit import arena_bytes, scratch_bytes, sparsec_version
+from sparsec.building.emit import arena_bytes, scratch_bytes, sparsec_version
 
 
 @pytest.fixture(scope="module")

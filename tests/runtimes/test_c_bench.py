@@ -13,7 +13,7 @@ import hand_programs
 import numpy as np
 import pytest
 
-from sparsec.emit import pack_parity
+from sparsec.building.emit import pack_parity
 from sparsec.targets import find_target
 
 QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import hand_programs
 
-from sparsec import elf
-from sparsec.build import ANDROID_LIBC, build
+from sparsec.building import elf
+from sparsec.building.build import ANDROID_LIBC, build
 from sparsec.targets import find_target
 
 PAGE = (Path(__file__).parents[2] / "docs" / "android.md").read_text(encoding="utf-8")

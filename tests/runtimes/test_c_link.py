@@ -15,9 +15,9 @@ import hand_programs
 import numpy as np
 import pytest
 
-from sparsec import elf
-from sparsec.build import C_FLAGS, HEADERS, LIBRARY_SOURCES, build
-from sparsec.emit import c_prefix, c_string, checksum, sparsec_version, weights_payload
+from sparsec.building import elf
+from sparsec.building.build import C_FLAGS, HEADERS, LIBRARY_SOURCES, build
+from sparsec.building.emit import c_prefix, c_string, checksum, sparsec_version, weights_payload
 from sparsec.errors import BuildError
 from sparsec.program import Arg, Tensor
 from sparsec.targets import find_target
@@ -300,13 +300,13 @@ def test_payload_has_slack_behind_the_last_constant():
 
 
 def test_what_android_lacks_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr("sparsec.build.ANDROID_LIBM", frozenset({"powf"}))
+    monkeypatch.setattr("sparsec.building.build.ANDROID_LIBM", frozenset({"powf"}))
     with pytest.raises(BuildError, match="erff"):
         build(hand_programs.math_program(find_target("arm")), tmp_path)
 
 
 def test_tool_output_is_attached(monkeypatch, tmp_path):
-    monkeypatch.setattr("sparsec.build._EMBED", "this is no assembly\n")
+    monkeypatch.setattr("sparsec.building.build._EMBED", "this is no assembly\n")
     with pytest.raises(BuildError, match="ziglang failed") as caught:
         build(hand_programs.program(), tmp_path, embed_weights=True)
     assert "\n" not in str(caught.value)

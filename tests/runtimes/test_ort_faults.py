@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from sparsec.ort_faults import OF_HALF, left_out
+from sparsec.proving.ort_faults import OF_HALF, left_out
 
 TEXT = """<ir_version: 10, opset_import: ["" : 21]> g (TYPE[17,5,16,3] x) => (TYPE[5,16,3,8] y)
     { a = Transpose<perm=[1,2,3,0]>(x) y = MatMul(a, w) }"""

@@ -12,17 +12,17 @@ from sparsec import budget as module
 from sparsec.budget import Budget, BudgetMissed, Judge, Part, fit_budget, predicted_us
 from sparsec.data import load_data
 from sparsec.errors import UsageError
-from sparsec.loading import load_model, model_bytes
+from sparsec.loading.load import load_model, model_bytes
 from sparsec.lowering import lower
 from sparsec.lowering.predict import layer_price
 from sparsec.models.demo import demo
 from sparsec.models.demo_data import generate
-from sparsec.pass_specs import as_step
 from sparsec.passes.layers import select_layers
 from sparsec.passes.pruning.allocate import allocate
 from sparsec.passes.pruning.masks import Pattern, draw_masks, magnitude
-from sparsec.passes_api import Context, Pass, PassResult
 from sparsec.ports import input_spec
+from sparsec.rewriting.pass_specs import as_step
+from sparsec.rewriting.passes_api import Context, Pass, PassResult
 from sparsec.targets import find_target
 from tests.passes.conftest import parse
 

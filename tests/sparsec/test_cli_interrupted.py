@@ -18,14 +18,14 @@ from samples import pair_artifact
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """`sparsec` in a process of its own, its work slowed down once the temporary directory is there."""
     script = (
-        "import signal, sys, time, sparsec.build\n"
+        "import signal, sys, time, sparsec.building.build\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a suite in the background inherits it as ignored
-        "real = sparsec.build.build\n"
+        "real = sparsec.building.build.build\n"
         "def slow(*a, **k):\n"
         "    real(*a, **k)\n"
         "    print('built', flush=True)\n"
         "    time.sleep(60)\n"
-        "sparsec.build.build = slow\n"
+        "sparsec.building.build.build = slow\n"
         "from sparsec import cli\n"
         "cli.main()\n"
     )

@@ -11,7 +11,7 @@ from sparsec.artifact import load
 from sparsec.budget import Judge, Part, Point
 from sparsec.cli.curves import budget_table, front_table, show_fronts, show_points
 from sparsec.data import load_data
-from sparsec.loading import load_model
+from sparsec.loading.load import load_model
 from sparsec.models.demo import demo
 from sparsec.models.demo_data import write_data
 from sparsec.ports import input_spec

@@ -15,7 +15,7 @@ from samples import pair_artifact, pair_model
 
 import sparsec
 from sparsec.inspection import inspect_artifact, inspect_model, layer_choices, print_report, weight_counts
-from sparsec.loading import load_model
+from sparsec.loading.load import load_model
 from sparsec.targets import find_target
 
 KEYS = {"name", "op", "shape", "zeros", "structure", "kernel", "reason", "candidates", "bytes"}

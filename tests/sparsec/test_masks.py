@@ -13,7 +13,7 @@ from command_line import Run
 from samples import pair_model
 
 from sparsec.errors import DataError, ModelError
-from sparsec.loading import load_model, model_bytes
+from sparsec.loading.load import load_model, model_bytes
 from sparsec.masks_io import apply_masks, export_masks, read_masks, write_masks
 from sparsec.npz import write_npz
 from sparsec.passes import Prune

@@ -21,9 +21,9 @@ from typing import Any
 import sparsec
 from bench.models import Missing, find_case, prepare
 from bench.turns import Say
-from sparsec.codegen import compile_kernels
+from sparsec.building.codegen import compile_kernels
 from sparsec.errors import SparsecError
-from sparsec.loading import load_model
+from sparsec.loading.load import load_model
 from sparsec.lowering import lower
 from sparsec.targets import Target, find_target
 

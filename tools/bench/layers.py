@@ -11,7 +11,7 @@ from bench.loaded import bind, seconds
 from bench.models import Case, Missing, prepare
 from bench.turns import Say, pinned
 from sparsec.errors import SparsecError
-from sparsec.loading import load_model
+from sparsec.loading.load import load_model
 from sparsec.lowering import lower
 from sparsec.measure import Library, Room
 from sparsec.program import Arg, Program

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsec.passes.channels.coupling import ChannelClass, Coupling, components, couple, permute
-from sparsec.pipeline import check_equal
+from sparsec.rewriting.pipeline import check_equal
 from tests.channel_networks import channel_networks
 from tests.networks import networks
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sparsec.passes.channels.coupling import couple
 from sparsec.passes.channels.cut import cut, silence
-from sparsec.pipeline import check_equal
+from sparsec.rewriting.pipeline import check_equal
 from tests.channel_networks import channel_networks
 
 RNG = np.random.default_rng(5)

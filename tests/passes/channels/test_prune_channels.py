@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsec.errors import RecipeError
-from sparsec.loading import load_model
+from sparsec.loading.load import load_model
 from sparsec.models import build
 from sparsec.passes import PruneChannels
 from sparsec.passes.channels.channel_choice import work
 from sparsec.passes.channels.coupling import couple
 from sparsec.passes.channels.cut import silence
-from sparsec.passes_api import Context
-from sparsec.pipeline import check_equal, run_passes
+from sparsec.rewriting.passes_api import Context
+from sparsec.rewriting.pipeline import check_equal, run_passes
 from tests.channel_networks import channel_networks
 
 RNG = np.random.default_rng(13)

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsec.errors import RecipeError
-from sparsec.loading import load_model
+from sparsec.loading.load import load_model
 from sparsec.models import build
 from sparsec.passes import Rearrange
 from sparsec.passes.layers import block_sums, select_layers, weighted_layers
 from sparsec.passes.pruning.masks import n_of_m_mask
-from sparsec.passes_api import Context
-from sparsec.pipeline import check_equal, run_passes
+from sparsec.rewriting.passes_api import Context
+from sparsec.rewriting.pipeline import check_equal, run_passes
 from tests.channel_networks import channel_networks
 
 RNG = np.random.default_rng(11)

@@ -17,7 +17,7 @@ from sparsec.passes.low_rank.factor_forms import stored_bytes, stored_int8_bytes
 from sparsec.passes.low_rank.rank_allocation import Way, Ways
 from sparsec.passes.measure.statistics import gather
 from sparsec.passes.normalization.fold_constants import quiet_session
-from sparsec.passes_api import Context, Stacked
+from sparsec.rewriting.passes_api import Context, Stacked
 
 RNG = np.random.default_rng(11)
 NET = """g (float[1,6,16] x) => (float[1,6,8] y) {

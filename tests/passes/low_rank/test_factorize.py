@@ -19,7 +19,7 @@ from sparsec.passes.low_rank.residual_sparse import LowRankPlusSparse
 from sparsec.passes.measure.statistics import gather
 from sparsec.passes.measure.trial import fetch
 from sparsec.passes.normalization.fold_constants import quiet_session
-from sparsec.passes_api import Context
+from sparsec.rewriting.passes_api import Context
 
 RNG = np.random.default_rng(7)
 EXACT = 1e-5

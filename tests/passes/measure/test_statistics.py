@@ -9,7 +9,7 @@ from sparsec.passes.layers import weighted_layers
 from sparsec.passes.measure.segments import Segment, batches
 from sparsec.passes.measure.statistics import Activations, columns, gather, outputs, thinning
 from sparsec.passes.normalization.fold_constants import quiet_session
-from sparsec.passes_api import META_KEY, Context, Stacked
+from sparsec.rewriting.passes_api import META_KEY, Context, Stacked
 
 RNG = np.random.default_rng(8)
 

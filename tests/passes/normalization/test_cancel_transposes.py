@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparsec.passes.normalization.cancel_transposes import CancelTransposes
-from sparsec.pipeline import check_equal
+from sparsec.rewriting.pipeline import check_equal
 
 DOWN, UP = "perm = [0, 2, 3, 1]", "perm = [0, 3, 1, 2]"  # to channels last, and back
 GENERATOR = np.random.default_rng(0)

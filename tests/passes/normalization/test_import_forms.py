@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sparsec.errors import UnsupportedError
-from sparsec.loading import load_model, model_bytes
+from sparsec.loading.load import load_model, model_bytes
 from sparsec.passes.normalization.fold_constants import constant, quiet_session
 from sparsec.passes.normalization.normalize_qdq import NormalizeQdq
 

@@ -17,8 +17,8 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 
 import sparsec
 from sparsec.errors import UnsupportedError
-from sparsec.loading import load_model, model_bytes
-from sparsec.rounding import rounding
+from sparsec.loading.load import load_model, model_bytes
+from sparsec.proving.rounding import rounding
 
 SETTINGS = [
     ("QDQ", "QUInt8", "QInt8", True),

@@ -13,7 +13,7 @@ from programs import onnx_runtime
 
 from sparsec.errors import UnsupportedError
 from sparsec.limits import Limits
-from sparsec.loading import load_model, model_bytes
+from sparsec.loading.load import load_model, model_bytes
 from sparsec.passes import UnrollRecurrent
 
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from programs import agree, feeds_of, onnx_runtime, parse
 
-from sparsec.loading import load_model, model_bytes
+from sparsec.loading.load import load_model, model_bytes
 from sparsec.passes.normalization.fold_constants import static_shape
 
 # size, kernel, stride, pads, dilation; in the first ones the last window would start in the padding

@@ -7,13 +7,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sparsec.errors import RecipeError
-from sparsec.pass_options import option_values
 from sparsec.passes import Prune
 from sparsec.passes.layers import as_layer, block_sums, select_layers, weighted_layers
 from sparsec.passes.normalization.fold_constants import quiet_session
 from sparsec.passes.pruning.masks import Pattern, n_of_m_mask
 from sparsec.passes.pruning.prune import prune_to
-from sparsec.passes_api import Context
+from sparsec.rewriting.pass_options import option_values
+from sparsec.rewriting.passes_api import Context
 
 RNG = np.random.default_rng(3)
 CHAIN = """g (float[1,3,8,8] x) => (float[1,10] y) {

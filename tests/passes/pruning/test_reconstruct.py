@@ -11,7 +11,7 @@ from sparsec.passes.measure.replay import Pairs, Replay, goal_of
 from sparsec.passes.measure.statistics import Activations
 from sparsec.passes.normalization.fold_constants import quiet_session
 from sparsec.passes.pruning.reconstruct import TRUSTS, held_out_trust, problems, reconstruct
-from sparsec.passes_api import Stacked
+from sparsec.rewriting.passes_api import Stacked
 
 RNG = np.random.default_rng(11)
 BLOCK = """g (float[1,6,8,8] x) => (float[1,5] y) {

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sparsec.passes.layers import weighted_layers
 from sparsec.passes.quantization.equalize import equalize, scaled, streams
 from sparsec.passes.quantization.quantize import Quantize
-from sparsec.passes_api import Context, Stacked
+from sparsec.rewriting.passes_api import Context, Stacked
 from tests.passes.conftest import save
 from tests.passes.quant_networks import calibrated, classifier, error, images, outputs
 

@@ -6,7 +6,7 @@ import pytest
 from sparsec.passes.measure.statistics import Activations
 from sparsec.passes.quantization.moments import Normal, expected_inputs
 from sparsec.passes.quantization.quantize import Quantize
-from sparsec.passes_api import Stacked
+from sparsec.rewriting.passes_api import Stacked
 from tests.passes.quant_networks import classifier, classifier_weights, outputs
 
 RNG = np.random.default_rng(12)

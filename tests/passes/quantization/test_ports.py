@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 
-from sparsec.loading import load_model, model_bytes
+from sparsec.loading.load import load_model, model_bytes
 from sparsec.passes.quantization.ports import QuantizedPorts, port_quantization
 from sparsec.ports import Quantization
 
@@ -101,7 +101,7 @@ def test_what_stays_float_is_said(name: str) -> None:
     model = load(text, s2=np.float32(0.25), cs=np.full(4, 0.1, np.float32), cz=np.zeros(4, np.uint8))
     x = np.random.default_rng(0).standard_normal((1, 4, 6, 6)).astype("f")
     (before,) = run(model, {"x": x})
-    from sparsec.passes_api import META_KEY, Context
+    from sparsec.rewriting.passes_api import META_KEY, Context
 
     context = model.meta.setdefault(META_KEY, Context())
     assert QuantizedPorts()(model).modified  # the other port

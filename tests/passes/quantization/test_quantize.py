@@ -10,15 +10,15 @@ import onnx_ir as ir
 import pytest
 
 from sparsec.errors import DataError, RecipeError
-from sparsec.loading import load_model, model_bytes
-from sparsec.pass_specs import parse_spec
+from sparsec.loading.load import load_model, model_bytes
 from sparsec.passes.layers import block_sums, weighted_layers
 from sparsec.passes.normalization.fold_constants import constant, quiet_session
 from sparsec.passes.pruning.masks import Pattern, draw_masks
 from sparsec.passes.quantization.fallback import Trial
 from sparsec.passes.quantization.quantize import Quantize
-from sparsec.passes_api import Context, Stacked
-from sparsec.pipeline import run_passes
+from sparsec.rewriting.pass_specs import parse_spec
+from sparsec.rewriting.passes_api import Context, Stacked
+from sparsec.rewriting.pipeline import run_passes
 from tests.passes.conftest import save
 from tests.passes.quant_networks import (
     CLASSIFIER,

@@ -10,7 +10,7 @@ from sparsec.errors import RecipeError
 from sparsec.passes.measure.segments import Segment
 from sparsec.passes.normalization.fold_constants import constant
 from sparsec.passes.quantization.quantize import Quantize
-from sparsec.passes_api import Context, Stacked
+from sparsec.rewriting.passes_api import Context, Stacked
 from tests.passes.conftest import save
 from tests.passes.quant_networks import calibrated, checked, error, outputs, stored_weights
 

@@ -11,14 +11,14 @@ import pytest
 from samples import pair_model
 
 from sparsec.errors import RecipeError, RuntimeUnavailable
-from sparsec.loading import load_model, model_bytes
+from sparsec.loading.load import load_model, model_bytes
 from sparsec.models import build, demo_data
 from sparsec.passes import Prune
 from sparsec.passes.layers import weighted_layers
 from sparsec.passes.measure.matching import agreement, put_back
 from sparsec.passes.normalization.fold_constants import quiet_session
 from sparsec.passes.training.recover import Recover
-from sparsec.pipeline import run_passes
+from sparsec.rewriting.pipeline import run_passes
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="needs the extra [torch]; make test-torch runs this"

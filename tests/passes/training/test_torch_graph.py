@@ -14,11 +14,11 @@ from networks import networks
 from operators import operators
 
 from sparsec.errors import UnsupportedError
-from sparsec.loading import load_model, model_bytes
+from sparsec.loading.load import load_model, model_bytes
 from sparsec.models import BUILDERS, build
 from sparsec.passes.normalization.fold_constants import FoldConstants, quiet_session
-from sparsec.pipeline import ROUNDED_AGAIN, relative_error
-from sparsec.tolerance import derive_tolerance
+from sparsec.proving.tolerance import derive_tolerance
+from sparsec.rewriting.pipeline import ROUNDED_AGAIN, relative_error
 
 torch = pytest.importorskip("torch", reason="needs the extra [torch]; make test-torch runs this")
 

@@ -1,0 +1,1 @@
+"""build: a Program to machine code, data files and libraries."""

@@ -1,0 +1,1 @@
+"""verify: an artifact against ONNX Runtime, and how far two correct implementations may differ."""
