@@ -75,9 +75,9 @@ def output_error(difference: np.ndarray, statistics: Any, shift: np.ndarray) -> 
 def metric_of(own: Any, centred: bool) -> Any:
     """What the pass uses."""
     from sparsec.passes.low_rank.metric import Metric
-    from sparsec.passes.pruning.reconstruct import RIDGE, damp
+    from sparsec.passes.pruning.reconstruct import metric
 
-    return Metric(damp(own.covariance if centred else own.gram, RIDGE)[0])
+    return Metric(metric(own, centred))
 
 
 def judged(goal: Any, factors: Any, own: Any, other: Any, corrected: bool) -> float:

@@ -1,8 +1,9 @@
 /* What the C runtime and `bench` read: weights, a sample, raw inputs, a command line. For libFuzzer, or for driver.c.
  *
- * data[0] chooses: 0 weights in memory, 1 weights in a file, 2 a sample (parity.bin), 3 raw inputs, 4 a command line;
+ * data[0] chooses: 0 weights in memory, 1 weights in a file, 2 and 3 a sample (parity.bin), 4 a command line;
  * 5 and 6 are 0 and 1 with checksum and digest put right, so that what lies behind them is reached. Weights that open are
- * run. A crash, a leak, undefined behaviour or an out-of-bounds access is the sanitizers' to find.
+ * run. A crash, a leak, undefined behaviour or an out-of-bounds access is the sanitizers' to find; a file that stays
+ * mapped they do not see, so maps are counted here.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -18,6 +19,36 @@
 #include <time.h>
 #include <unistd.h>
 
+static struct { void *at; size_t bytes; } mapped[8];
+
+static void *counted_mmap(void *wanted, size_t bytes, int access, int flags, int file, long offset) {
+    void *at = mmap(wanted, bytes, access, flags, file, offset);
+    int i = 0;
+    while (i < 8 && mapped[i].at) i++;
+    if (at == MAP_FAILED) return at;
+    if (i == 8) abort();
+    mapped[i].at = at, mapped[i].bytes = bytes;
+    return at;
+}
+
+static int counted_munmap(void *at, size_t bytes) {
+    for (int i = 0; i < 8; i++) {
+        if (mapped[i].at == at) mapped[i].at = NULL;
+    }
+    return munmap(at, bytes);
+}
+
+/* The end of an input; a process that ends (`ended`) leaves its maps to the system, all others have taken them back. */
+static void unmapped(int ended) {
+    for (int i = 0; i < 8; i++) {
+        if (!mapped[i].at) continue;
+        if (!ended) abort();
+        counted_munmap(mapped[i].at, mapped[i].bytes);
+    }
+}
+
+#define mmap counted_mmap
+#define munmap counted_munmap
 #include "weights.c" /* its static functions too */
 #include "steps.c"
 #include "signature.c"
@@ -25,7 +56,9 @@
 #include "runtime.c"
 
 static jmp_buf leave;
+static int ended;
 __attribute__((noreturn)) static void leave_with(int code) {
+    ended = 1;
     longjmp(leave, code + 1);
 }
 #define exit leave_with
@@ -169,6 +202,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     case 3: parity(data, size); break;
     default: command_line(data, size);
     }
+    unmapped(ended);
+    ended = 0;
     return 0;
 }
 

@@ -193,7 +193,9 @@ def normalize(d: Draft, x: Value) -> None:
         if x.rank == 4 and x.shape[0] * x.shape[2] * x.shape[3] > 3 and x in d.inputs:
             d.add(op, [x.name], x.shape, dtype)
     elif op == "LpNormalization":
-        d.add(op, [x.name], x.shape, dtype, axis=d.number(0, x.rank - 1), p=d.number(1, 2))
+        long = [axis for axis, size in enumerate(x.shape) if size > 2]
+        if long:
+            d.add(op, [x.name], x.shape, dtype, axis=d.among(long), p=d.number(1, 2))
     else:
         d.add(op, [x.name], x.shape, dtype, axis=d.number(-x.rank, x.rank - 1))
 

@@ -44,7 +44,7 @@ from sparsec.passes.low_rank.rank_allocation import (
 )
 from sparsec.passes.measure.statistics import Statistics, gather
 from sparsec.passes.pruning.masks import Pattern
-from sparsec.passes.pruning.reconstruct import RIDGE, damp
+from sparsec.passes.pruning.reconstruct import RIDGE, metric
 from sparsec.rewriting.passes_api import Context, Pass, PassResult, Samples
 
 DEFAULT_PARAMETERS = 0.7
@@ -189,9 +189,7 @@ class Factorize(Pass):
         if statistics is None:
             return Objective(layer.read())
         centred = mean_bias(layer) is not None
-        return Objective(
-            layer.read(), Metric(damp(statistics.covariance if centred else statistics.gram, self.ridge)[0])
-        )
+        return Objective(layer.read(), Metric(metric(statistics, centred, self.ridge)))
 
     def _forms(self, layer: WeightedLayer, share: float, context: Context) -> list[Form]:
         shape = layer.shape

@@ -21,7 +21,7 @@ from sparsec.passes.measure.replay import goal_of
 from sparsec.passes.measure.statistics import gather
 from sparsec.passes.pruning.importance import activation_scores, second_order_scores
 from sparsec.passes.pruning.masks import Pattern, draw_masks, magnitude, supports
-from sparsec.passes.pruning.reconstruct import RIDGE, ROUGH, Problem, damp, set_constant
+from sparsec.passes.pruning.reconstruct import ROUGH, Problem, metric, set_constant
 from sparsec.rewriting.passes_api import Context, Samples
 
 HELD = 1 << 30  # bytes of moments kept for refits; layers beyond that are shown unrefitted
@@ -48,7 +48,7 @@ class OneShot:
             context.tell(f"importance {layer.name}", done, len(layers))
             weight, bias = layer.read(), goal_of(layer).bias
             centred = bias is not None
-            h = damp(statistics.covariance if centred else statistics.gram, RIDGE)[0]
+            h = metric(statistics, centred)
             if importance == "second-order":
                 self.scores[layer.name] = second_order_scores(weight, h, pattern)
             elif importance == "activation":

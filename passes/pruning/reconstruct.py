@@ -33,7 +33,7 @@ import onnx_ir as ir
 from sparsec.errors import DataError
 from sparsec.passes.layers import WeightedLayer, weighted_layers
 from sparsec.passes.measure.replay import Pairs, Replay
-from sparsec.passes.measure.statistics import input_of
+from sparsec.passes.measure.statistics import Statistics, input_of
 from sparsec.passes.pruning.masks import Pattern, supports
 from sparsec.passes.pruning.regrow import regrow
 from sparsec.rewriting.passes_api import Context, Samples
@@ -47,7 +47,7 @@ ROUGH = 20  # iterations of a refit that is only looked at
 ITERATIONS = 60  # of conjugate gradients where factors of every support would cost more
 NEAR = 1e-10  # squared residual of a goal of unit length that conjugate gradients leave
 TINY = 1e-30  # of float32 too
-ROUNDING = 2.0**-20  # of the trace: products of float32, 16 units of them
+ROUNDING = 2.0**-44  # of the trace: values of float32 are known no better than 2^-24
 FLOOR = 1e-6  # of the mean of E[x^2]: keeps H positive definite where an input is always zero
 
 
@@ -120,6 +120,13 @@ def damp(h: np.ndarray, ridge: float, least: float = 0.0) -> tuple[np.ndarray, n
     return damped, r
 
 
+def metric(statistics: Statistics, centred: bool, ridge: float = RIDGE) -> np.ndarray:
+    """H [K, K] of a layer's inputs, positive definite: of their deviations if a bias takes up the mean."""
+    if not centred:
+        return damp(statistics.gram, ridge)[0]
+    return damp(statistics.covariance, ridge, ROUNDING * float(np.trace(statistics.gram)))[0]
+
+
 def problems(
     weight: np.ndarray, pairs: Pairs, centred: bool, ridge: float = RIDGE, trust: float = 1.0
 ) -> list[Problem]:
@@ -143,7 +150,7 @@ def problems(
                 + 2 * trust * (1 - trust) * (np.einsum("nk,nk->n", t, start[g]))
             )
             t = own + trust * (t - own)
-        # Means that cancel leave what rounding made of the products, which is as large as they were.
+        # Where means are large beside the deviations, these may be nothing but what rounding made of the values.
         h, r = damp(h, ridge, ROUNDING * float(np.trace(pairs.xx[g])) if centred else 0.0)
         t += start[g] * r
         yy += (start[g] ** 2) @ r

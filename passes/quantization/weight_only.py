@@ -23,7 +23,7 @@ from sparsec.passes.initializers import add_initializer
 from sparsec.passes.layers import WeightedLayer
 from sparsec.passes.measure.replay import goal_of
 from sparsec.passes.measure.statistics import Statistics, gather
-from sparsec.passes.pruning.reconstruct import RIDGE, damp, set_constant
+from sparsec.passes.pruning.reconstruct import metric, set_constant
 from sparsec.passes.quantization.graph import read_dequantized
 from sparsec.passes.quantization.grid import Grid, Rounding, Scales, group_grid, round_weights
 from sparsec.rewriting.passes_api import Samples
@@ -66,7 +66,7 @@ def round_grouped(
         w = weight.reshape(1, weight.shape[0], -1).astype(np.float64)
         keep, h, bias = w != 0, None, goal_of(layer).bias if correct else None
         if statistics is not None:
-            h = damp(statistics.covariance if bias is not None else statistics.gram, RIDGE)[0][None]
+            h = metric(statistics, bias is not None)[None]
         power = None if h is None else np.diagonal(h, axis1=1, axis2=2)
         grid = group_grid(w, power, group, bits, asymmetric, scales)
         v = round_weights(w, grid, keep, rounding, h)

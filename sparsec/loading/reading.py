@@ -343,6 +343,8 @@ def _make_dense(graph: onnx.GraphProto, where: str, limits: Limits) -> None:
             text = f"{count} elements when it is written out, {_most(limits, 'folded_bytes')} bytes"
             raise ModelError(f"sparse tensor {name!r}: {text}", where)
         values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+        if values.ndim != 1:
+            raise ModelError(f"sparse tensor {name!r}: expected values [N], got {list(values.shape)}", where)
         if indices.ndim == 2 and indices.shape == (len(values), len(sparse.dims)):
             in_range = bool(((indices >= 0) & (indices < np.array(sparse.dims))).all())
             flat = (
@@ -353,7 +355,7 @@ def _make_dense(graph: onnx.GraphProto, where: str, limits: Limits) -> None:
         else:
             in_range = indices.shape == (len(values),) and bool(((indices >= 0) & (indices < count)).all())
             flat = indices
-        if not in_range or indices.dtype != np.int64 or values.ndim != 1:
+        if not in_range or indices.dtype != np.int64:
             raise ModelError(f"sparse tensor {name!r}: an index lies outside of {list(sparse.dims)}", where)
         dense = np.zeros(count, values.dtype)
         dense[flat] = values

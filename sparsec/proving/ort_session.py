@@ -3,6 +3,7 @@
 ONNX Runtime is C++: a fault in a fusion or a kernel ends the process, and no `except` sees it. So a graph that was not
 seen before is tried by a worker of `sparsec.loading.isolation`, within the limits of loading. If the worker ends there, the graph
 is tried without optimizations, which leaves out the fusions, and is opened like that if it holds; else it is a ModelError.
+What ONNX Runtime refuses with optimizations alone is opened without them as well.
 Once a graph: models that differ in their weights alone (trials of a search) count as one.
 
     with limited(limits): ...        the limits that hold; `Limits(isolate=0)` tries nothing
@@ -68,7 +69,14 @@ def open_session(
     source, proto = _source(model)
     if proto is not None:
         optimize = _tried(source, proto, optimize, where)
-    return _open(source, proto, threads, optimize, entries)
+    try:
+        return _open(source, proto, threads, optimize, entries)
+    except Exception:  # pybind classes without a common base
+        if optimize and proto is not None:  # an optimization that makes an invalid graph of a valid one is refused too
+            with contextlib.suppress(Exception):
+                _tried(source, proto, False, where)
+                return _open(source, proto, threads, False, entries)
+        raise
 
 
 def _open(

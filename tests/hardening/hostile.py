@@ -134,6 +134,7 @@ CASES: dict[str, tuple[Maker, str]] = {
     "location-not-utf-8": (not_text(b"weights.bin"), "not UTF-8"),
     "key-not-utf-8": (not_text(b"location"), "not UTF-8"),
     "sparse-out-of-range": (sparse(1, 99), "lies outside"),
+    "sparse-scalars": (sparse(0, scalars=True), r"expected values \[N\], got \[\]"),
     "sparse-negative": (sparse(-1, 2), "lies outside"),
     "sparse-huge": (sparse(0, size=1 << 29), "written out"),
     "nan-scale": (scales(float("nan")), "scale"),

@@ -71,12 +71,15 @@ def invalid_utf8(folder: Path) -> Path:
     return save(folder, data.replace(b"NAMENAME", b"\xff\xfe\xc0\x80\xf5\x80\x80\x80"))
 
 
-def sparse(*indices: int, size: int = 4) -> Maker:
+def sparse(*indices: int, size: int = 4, scalars: bool = False) -> Maker:
+    """`indices` of ones; `scalars`: values and indices of rank 0."""
+
     def make(folder: Path) -> Path:
         proto = model([helper.make_node("Add", ["x", "s"], ["y"])])
+        shape = () if scalars else (len(indices),)
         tensor = onnx.SparseTensorProto(
-            values=numpy_helper.from_array(np.ones(len(indices), np.float32), "s"),
-            indices=numpy_helper.from_array(np.array(indices, np.int64), "s_at"),
+            values=numpy_helper.from_array(np.ones(shape, np.float32), "s"),
+            indices=numpy_helper.from_array(np.array(indices, np.int64).reshape(shape), "s_at"),
             dims=[size],
         )
         proto.graph.sparse_initializer.append(tensor)

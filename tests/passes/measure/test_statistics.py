@@ -7,7 +7,7 @@ import pytest
 from sparsec.errors import ModelError
 from sparsec.passes.layers import weighted_layers
 from sparsec.passes.measure.segments import Segment, batches
-from sparsec.passes.measure.statistics import Activations, columns, gather, outputs, thinning
+from sparsec.passes.measure.statistics import Activations, columns, gather, outputs, products, thinning
 from sparsec.passes.normalization.fold_constants import quiet_session
 from sparsec.rewriting.passes_api import META_KEY, Context, Stacked
 
@@ -75,6 +75,25 @@ def test_gather_equals_the_moments_of_all_columns_at_once(model, size: int) -> N
         np.testing.assert_allclose(statistics.gram, gram, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(statistics.mean, mean, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(statistics.norms**2, np.diagonal(gram, axis1=-2, axis2=-1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, -1e3])
+def test_products_keep_small_deviations_of_large_means(mean: float) -> None:
+    """Plain products in float32 would be off by 6e-8 mean^2 and more, their covariance by that over 1e-4."""
+    y, x = (np.float32(mean) + np.float32(0.01) * f32(2, k, 5000) for k in (3, 4))
+    total, sum_y, sum_x = products(y, x)
+    a, b = x.astype(np.float64), y.astype(np.float64)
+    np.testing.assert_allclose(total, b @ a.transpose(0, 2, 1), rtol=1e-10, atol=1e-5)
+    covariance = total / 5000 - sum_y[:, :, None] * sum_x[:, None] / 5000**2
+    exact = np.stack(
+        [(v - v.mean(1, keepdims=True)) @ (u - u.mean(1, keepdims=True)).T / 5000 for v, u in zip(b, a, strict=True)]
+    )
+    np.testing.assert_allclose(covariance, exact, rtol=1e-4, atol=1e-9)
+    same = products(x, x)
+    np.testing.assert_array_equal(same[0], same[0].transpose(0, 2, 1))
+    assert products(x[:, :, :0], x[:, :, :0])[0].shape == (2, 4, 4)
+    x[0, 0, 0] = np.inf
+    assert not np.isfinite(products(x, x)[0]).all()
 
 
 def test_batches_run_together_where_that_is_the_same_and_alone_where_not(model) -> None:

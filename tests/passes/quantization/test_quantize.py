@@ -444,7 +444,7 @@ def test_stored_numbers_that_another_operator_reads_stay() -> None:
 
 
 def test_inputs_that_hardly_vary_around_large_means() -> None:
-    """Their covariance is what float32 left of products: without a ridge of that size it has no Cholesky factor."""
+    """Their covariance is nothing but what float32 left of the values."""
     text = """<ir_version: 10, opset_import: ["" : 21]> g (float[1,8,3,3] x) => (float[1,8,3,3] y) { a = Add(x, c) y = Conv(a, w, b) }"""
     proto = onnx.parser.parse_model(text)
     for name, array in (("c", 100 * f32(8, 1, 1)), ("w", f32(8, 8, 1, 1)), ("b", f32(8))):

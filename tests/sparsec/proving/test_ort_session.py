@@ -128,6 +128,22 @@ def test_threads_of_a_search_keep_the_limits() -> None:
     assert in_parallel(lambda _: ort_session._limits.get().isolate, [1, 2]) == [1, 1]
 
 
+def test_what_only_the_optimizer_makes_invalid_runs_without_it(trials, monkeypatch) -> None:
+    real = ort_session._open
+
+    def refused(source, proto, threads, optimize, entries=None):
+        if optimize:
+            raise RuntimeError("output_dtype INT8 does not match y_zero_point type UINT8")
+        return real(source, proto, threads, optimize, entries)
+
+    monkeypatch.setattr(ort_session, "_open", refused)
+    model = parsed("g (float[2] x) => (float[2] y) { y = Neg(x) }")
+    assert open_session(model).run(None, {"x": np.ones(2, np.float32)})[0].tolist() == [-1, -1]
+    assert trials == [True, False]
+    with pytest.raises(RuntimeError, match="output_dtype INT8"):  # both refuse: what was said first
+        open_session(parsed("g (float[2] x) => (float[2] y) { y = NoSuchOp(x) }"))
+
+
 def test_a_refusal_is_onnx_runtimes_own(trials, tmp_path) -> None:
     with pytest.raises(Exception, match="NoSuchOp") as caught:
         open_session(parsed("g (float[2] x) => (float[2] y) { y = NoSuchOp(x) }"))
