@@ -13,6 +13,7 @@ REDUCE = {
     "ReduceSum": (*REAL, *WHOLE), "ReduceMean": REAL, "ReduceMax": (F16, F32, I32), "ReduceMin": (F16, F32, I32),
     "ReduceL1": REAL, "ReduceL2": REAL, "ReduceSumSquare": REAL, "ReduceProd": (F32, I32), "ReduceLogSumExp": (F32, F64),
 }  # fmt: skip
+FACTORS = 6  # of a product of whole numbers, each below 16
 
 
 def reduce(d: Draft, x: Value) -> None:
@@ -23,6 +24,8 @@ def reduce(d: Draft, x: Value) -> None:
     op, keep = d.among(fitting), d.number(0, 1)
     everything = d.maybe(6)
     axes = list(range(x.rank)) if everything else sorted({d.number(0, x.rank - 1) for _ in range(d.number(1, x.rank))})
+    if op == "ReduceProd" and x.dtype == I32 and not (x in d.inputs and size([x.shape[a] for a in axes]) <= FACTORS):
+        return  # what an overflow gives ONNX does not say
     shape = [1 if i in axes else s for i, s in enumerate(x.shape) if keep or i not in axes]
     written = [a - x.rank if d.maybe(4) else a for a in axes]
     if everything:
