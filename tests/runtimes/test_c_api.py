@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import c_api
@@ -214,8 +215,13 @@ def test_one_thread_asks_nobody(library, weights):
 
 
 def _threads_of_process() -> int:
-    with open("/proc/self/status", encoding="utf-8") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith("Threads:"))
+    """When the number has stayed for a while: a thread that was joined is counted until the kernel has put it away."""
+    seen: list[int] = []
+    while len(seen) < 10 or len(set(seen[-10:])) > 1:
+        with open("/proc/self/status", encoding="utf-8") as lines:
+            seen.append(next(int(line.split()[1]) for line in lines if line.startswith("Threads:")))
+        time.sleep(0.005)
+    return seen[-1]
 
 
 def test_threads_are_created_and_ended(library, weights):
