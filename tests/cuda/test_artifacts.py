@@ -90,6 +90,59 @@ FALLBACK = """net (float[4,8] x) => (float[4,8] y) {
 }"""
 
 
+LINKED = """
+#include <stdio.h>
+#include "net.sparsec/model.h"
+
+int main(int argc, char **argv) {
+    static float x[3 * 12 * 12], y[10];
+    const void *inputs[1] = {x};
+    void *outputs[1] = {y};
+    sparsec_model *model = NULL;
+    FILE *file = fopen("x", "rb");
+    if (argc != 2 || !file || fread(x, sizeof x, 1, file) != 1) return 100;
+    fclose(file);
+    int code = net_sparsec_open_file(argv[1], NULL, &model);
+    if (code) return -code;
+    code = net_sparsec_run(model, inputs, outputs);
+    net_sparsec_close(model);
+    return code || fwrite(y, sizeof y, 1, stdout) != 1;
+}
+"""
+
+
+def test_linked_statically_into_a_program(artifact):
+    """libmodel.a needs no driver to link against; it is looked for when the model opens."""
+    made = sparsec.load(artifact / "net.sparsec")
+    x = np.random.default_rng(8).standard_normal((1, 3, 12, 12)).astype("f")
+    (artifact / "x").write_bytes(x.tobytes())
+    (artifact / "main.c").write_text(LINKED)
+    zig = [
+        sys.executable,
+        "-m",
+        "ziglang",
+        "cc",
+        "-target",
+        f"{host_arch()}-linux-gnu.2.17",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
+    link = [*zig, "main.c", "net.sparsec/libmodel.a", "-lm", "-ldl", "-lpthread", "-o", "linked"]
+    subprocess.run(link, cwd=artifact, check=True)
+    command = ["./linked", made.path / "weights.bin"]
+    found = environment(emulation=artifact / "emulation0.so")
+    done = subprocess.run(command, cwd=artifact, env=found, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    y = np.frombuffer(done.stdout, np.float32)
+    from sparsec.runtimes.ort import OrtSession
+
+    with OrtSession((made.path / "model.onnx").read_bytes()) as session:
+        np.testing.assert_allclose(y, session.run({"x": x})["y"].reshape(-1), atol=1e-5)
+    done = subprocess.run(command, cwd=artifact, env=without_driver(), capture_output=True, check=False)
+    assert done.returncode in (7, 0)  # SPARSEC_DEVICE, unless this machine has a GPU
+
+
 def test_a_node_on_the_host(tmp_path):
     """CumSum has no schedule for a GPU: it is refused, or the processor runs it between two launches."""
     options = {"target": "cuda", "arch": "sm_90", "host": host_arch(), "output": tmp_path / "net.sparsec"}
