@@ -118,7 +118,11 @@ def _hoist(stmt: Any, allocated: list[Any]) -> Any:
             return tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, loop.body)
         return loop
 
-    return _without_nothing(tvm_ffi.structural_map(stmt, [(tirx.AllocBuffer, drop), (tirx.For, serial)]))
+    def told(attribute: Any) -> Any:
+        return attribute.body if attribute.attr_key == "pragma_scope" else attribute  # LLVM knows none and says so
+
+    rules = [(tirx.AllocBuffer, drop), (tirx.For, serial), (tirx.AttrStmt, told)]
+    return _without_nothing(tvm_ffi.structural_map(stmt, rules))
 
 
 def _without_nothing(stmt: Any) -> Any:
