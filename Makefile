@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 MINUTES ?= 5
 
-.PHONY: help fuzz demo test test-torch test-backend lint types wheel clean qemu
+.PHONY: help fuzz fuzz-minute demo test test-torch test-backend lint types wheel clean qemu
 
 help:
 	@echo "make demo    install, then compile, run and verify the shipped model on host and arm"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-torch   install torch too, then run the tests that need it"
 	@echo "make test-backend every node test of onnx.backend.test, about 4 minutes of CPU time; make test runs a sixth of them"
 	@echo "make fuzz    damaged files and random graphs, 5 minutes of CPU time; make fuzz MINUTES=120 for a campaign"
+	@echo "make fuzz-minute  each kind of harness for a minute"
 	@echo "make lint    ruff          make types   mypy"
 	@echo "make wheel   build the wheel into dist/"
 
@@ -40,6 +41,12 @@ test-backend: $(BIN)/.installed
 
 fuzz: $(BIN)/.installed
 	$(BIN)/python -m fuzz.campaign --minutes $(MINUTES)
+
+# Each kind of harness for about a minute, two at a time: what continuous integration runs beside the suite.
+fuzz-minute: $(BIN)/.installed
+	$(BIN)/python -m fuzz.run model recipe manifest --seconds 60 --seed 1 & readers=$$!; \
+	$(BIN)/python -m fuzz.graphs --graphs 300 --seed 1 --no-shrink && $(BIN)/python -m fuzz.c.run --seconds 60 --seed 1; \
+	others=$$?; wait $$readers && exit $$others
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

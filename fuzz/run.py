@@ -65,7 +65,7 @@ def with_atheris(name: str, arguments: list[str], keep: Path) -> None:
     """Hand a target to libFuzzer; does not return."""
     import atheris
 
-    readers = ["external_data", "manifest", "npz", "reading", "recipe", "tuning"]
+    readers = ["loading.external_data", "manifest", "npz", "loading.reading", "rewriting.recipe", "tuning"]
     with atheris.instrument_imports(include=["yaml", *(f"sparsec.{name}" for name in readers)]):
         import sparsec.loading.load
         import sparsec.manifest
