@@ -22,6 +22,11 @@ from fuzz.targets import TARGETS, FuzzFailure
 HANGS = 30.0  # seconds of processor time for one input
 MEMORY = 4 << 30  # bytes of address space
 
+READERS = tuple(  # whose coverage guides atheris
+    f"sparsec.{name}"
+    for name in ("loading.external_data", "manifest", "npz", "loading.reading", "rewriting.recipe", "tuning")
+)
+
 
 def fuzz(
     name: str, runs: int, seconds: float, seed: int, keep: Path | None = None, counts: Counter[str] | None = None
@@ -65,8 +70,7 @@ def with_atheris(name: str, arguments: list[str], keep: Path) -> None:
     """Hand a target to libFuzzer; does not return."""
     import atheris
 
-    readers = ["loading.external_data", "manifest", "npz", "loading.reading", "rewriting.recipe", "tuning"]
-    with atheris.instrument_imports(include=["yaml", *(f"sparsec.{name}" for name in readers)]):
+    with atheris.instrument_imports(include=["yaml", *READERS]):
         import sparsec.loading.load
         import sparsec.manifest
         import sparsec.npz

@@ -28,6 +28,11 @@ def test_readers(name: str) -> None:
     assert run.fuzz(name, runs, 1000.0, seed=1)["executions"] == runs
 
 
+@pytest.mark.parametrize("name", run.READERS)
+def test_what_coverage_guides_is_there(name: str) -> None:
+    assert import_module(name)
+
+
 def test_a_reader_that_fails_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def careless(data: bytes) -> None:
         with targets.one_line():
