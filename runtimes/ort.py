@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsec.errors import ModelError, RuntimeUnavailable
+from sparsec.errors import ModelError, RuntimeUnavailable, SparsecError
 from sparsec.ports import InputSpec
 from sparsec.runtimes.base import Arrays, Compiled, Runtime, Session
 
@@ -32,11 +32,19 @@ class OrtSession(Session):
         entries = {"session.force_spinning_stop": "1"}
         try:
             self._session = open_session(model, threads=threads, optimize=optimize, entries=entries, where=self._where)
-        except ModelError:
+        except SparsecError:
             raise
         except Exception as error:  # pybind classes without a common base
             raise ModelError(f"ONNX Runtime does not load it: {_line(error)}", self._where) from error
         self._outputs = [output.name for output in self._session.get_outputs()]
+
+    @property
+    def optimized(self) -> bool:
+        """Whether the graph is optimized: not where that was not asked for, or ONNX Runtime fails on it."""
+        import onnxruntime as ort
+
+        level = self._session.get_session_options().graph_optimization_level
+        return bool(level != ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:

@@ -5,7 +5,7 @@ the comparison fair:
 
     graph      operator by operator (`TorchGraph`), without gradients; on a GPU recorded as one CUDA graph, as the artifact
                is, so that neither pays for single launches
-    numbers    float32 without TF32; float16 on a GPU where the artifact's layers or the model's own weights are
+    numbers    float32 without TF32; float16 on a GPU where the artifact's layers or most of the model's own weights are
     layout     contiguous or channels-last, whichever a trial finds faster; cuDNN tries its algorithms too
     times      host memory to host memory, on a GPU through pinned memory and up to a synchronization; the device's own
                from events behind the copy of the inputs and before that of the outputs
@@ -185,7 +185,11 @@ class Recorded:
 
 def _graph(artifact: Artifact, device: torch.device, where: str) -> TorchGraph:
     model = ir.from_proto(onnx.load_model_from_string((artifact.path / "model.onnx").read_bytes()))
-    stored = any(value.dtype == ir.DataType.FLOAT16 for value in model.graph.initializers.values())
+    sizes = {ir.DataType.FLOAT: 0, ir.DataType.FLOAT16: 0}
+    for value in model.graph.initializers.values():
+        if value.dtype in sizes and value.const_value is not None:
+            sizes[value.dtype] += value.const_value.size
+    stored = sizes[ir.DataType.FLOAT16] > sizes[ir.DataType.FLOAT]
     half = device.type == "cuda" and (stored or artifact.manifest["target"]["precision"] == "f16")
     try:
         return TorchGraph(model, device, torch.float16 if half else torch.float32)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsec.errors import UsageError
+from sparsec.errors import RuntimeUnavailable, UsageError
 from sparsec.proving.samples import read_parity
 from sparsec.runtimes.base import DeviceTime, Session, Stats, find_runtime, runtime_names
 from sparsec.targets import suggest
@@ -96,10 +96,17 @@ def bench(
     workers = threads or artifact.manifest["threads"]
     sample = read_parity(artifact)
     with contextlib.ExitStack() as stack:
+        if "ort" in (*against, place.name):
+            from sparsec.proving.ort_session import limited_as_artifact
+
+            stack.enter_context(limited_as_artifact())
         sessions: dict[str, Session] = {str(place): stack.enter_context(place.open(artifact, workers))}
         for name in dict.fromkeys(against):
             if name != str(place):
                 sessions[name] = stack.enter_context(find_runtime(name, artifact).open(artifact, workers))
+        if not all(getattr(session, "optimized", True) for session in sessions.values()):
+            text = "fails on this model with its optimizations, without which it is not timed; leave it out"
+            raise RuntimeUnavailable(f"ONNX Runtime {text}", "--against ort")
         turns = {name: session for name, session in sessions.items() if session.interleaves}
         stats = _take_turns(turns, sample, runs, progress)
         for name, session in sessions.items():

@@ -23,7 +23,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from sparsec.errors import ModelError, one_line
+from sparsec.errors import ModelError, SparsecError, one_line
 from sparsec.proving.ort_session import open_session
 
 BATCH = 16  # samples a call: enough to fill a matrix product, few enough for the widest activation
@@ -186,7 +186,7 @@ def _session(
         return open_session(
             proto, threads=processors(), entries=entries, where=f"a piece of the model: {', '.join(ends)}"
         )
-    except ModelError:
+    except SparsecError:
         raise
     except Exception as error:  # pybind classes without a common base
         raise ModelError(

@@ -48,9 +48,9 @@ def in_parallel(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     workers = min(WORKERS, processors())
     if workers < 2 or len(items) < 2:
         return _in_turn(function, items)
-    with ThreadPoolExecutor(workers) as pool:  # each in a context of its own: one cannot be entered twice at a time
-        futures = [pool.submit(copy_context().run, function, item) for item in items]
-        return [future.result() for future in futures]
+    contexts = [copy_context() for _ in items]  # one cannot be entered twice at a time
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(lambda context, item: context.run(function, item), contexts, items))
 
 
 def replacement(layer: WeightedLayer, pruned: Pruned) -> tuple[np.ndarray, dict[str, np.ndarray]]:

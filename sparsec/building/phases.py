@@ -55,7 +55,8 @@ def over_pointers(func: Any, scope: str = "") -> tuple[list[Any], list[Any], Any
             others.append(param)
             continue
         element = PrimType(str(param.dtype))
-        name = re.sub(r"\W", "_", param.name)  # C, which may be made of it, has fewer names than a graph
+        # C, which may be made of it, has fewer names than a graph, and other uses for some of them.
+        name = f"p_{re.sub(r'[^0-9A-Za-z_]', '_', param.name)}"
         pointer = tirx.Var(name, PointerType(element, scope) if scope else PointerType(element))
         pointers.append(pointer)
         declarations.append(tirx.DeclBuffer(param, data=pointer))

@@ -93,15 +93,17 @@ def soup_verb(
 
     with staged_file(Path(output), overwrite) as stage:
         from sparsec.loading.load import model_bytes
+        from sparsec.proving.ort_session import limited
         from sparsec.soup import soup
 
         with progress() as say:
             say("loading")
             loaded = [_load(path, fixed) for path in models]
             damage = None
-            if against is not None and data is not None:
-                damage = _damage(_load(against, fixed), data, preprocess, say)
-            made, ingredients = soup(loaded, models, damage)
+            with limited(fixed.limits):
+                if against is not None and data is not None:
+                    damage = _damage(_load(against, fixed), data, preprocess, say)
+                made, ingredients = soup(loaded, models, damage)
         stage.write_bytes(model_bytes(made))
     facts: dict[str, Any] = {"model": output, "taken": [models[i] for i in ingredients.taken]}
     if ingredients.damage is not None:

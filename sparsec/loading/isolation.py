@@ -51,6 +51,14 @@ START_SECONDS = 120  # until the server must have imported everything
 Task = Callable[["Worker", dict[str, Any], list[memoryview]], None]
 
 
+class Crashed(ModelError):
+    """A worker was ended by a signal that no limit sent: a fault in a library, or memory that it did not get."""
+
+    @property
+    def kind(self) -> str:
+        return ModelError.__name__
+
+
 @dataclass(frozen=True)
 class Allowance:
     """What a worker may use: bytes beyond what the server has, and processor seconds."""
@@ -295,7 +303,7 @@ def _check_ending(ending: dict[str, Any], allowance: Allowance, where: str) -> N
         raise ModelError(f"gave up after {seconds} seconds of {step} (--limit seconds=N)", where)
     if killed:
         text = f"{step} ended with {signal.Signals(killed).name}"
-        raise ModelError(
+        raise Crashed(
             f"{text}: the model is damaged, or needs more than {allowance.memory >> 20} MB (--limit memory=N)", where
         )
     raise ModelError(f"{step} ended with status {os.waitstatus_to_exitcode(status)}; please report this model", where)

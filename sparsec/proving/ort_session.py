@@ -1,7 +1,7 @@
 """ONNX Runtime in this process: a model is opened here after it has been opened, and run once, in a process of its own.
 
 ONNX Runtime is C++: a fault in a fusion or a kernel ends the process, and no `except` sees it. So a graph that was not
-seen before is tried by a worker of `sparsec.loading.isolation`, within the limits of loading. If the worker ends there, the graph
+seen before is tried by a worker of `sparsec.loading.isolation`, within the limits of loading. If the worker crashes, the graph
 is tried without optimizations, which leaves out the fusions, and is opened like that if it holds; else it is a ModelError.
 What ONNX Runtime refuses with optimizations alone is opened without them as well.
 Once a graph: models that differ in their weights alone (trials of a search) count as one.
@@ -26,21 +26,32 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from sparsec.errors import ModelError
 from sparsec.limits import DEFAULT, MEMORY_FACTOR, Limits
 from sparsec.loading import isolation
-from sparsec.loading.isolation import Allowance, Worker, call
+from sparsec.loading.isolation import Allowance, Crashed, Worker, call
 from sparsec.proving.ort_faults import left_out
 
 SERVER = "sparsec.loading.load"  # trials share the server that models are loaded by
 # Left alone, ONNX Runtime rounds what a MatMul with grouped integer weights reads to 8 bits: the model does not say so.
 FLOAT_ACTIVATIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
-SMALL = 64  # bytes of a constant that may decide what a graph does: shapes, axes, bounds
+SMALL = 64  # bytes of whole numbers that may decide what a graph does: shapes, axes
+_REAL = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
 _SUFFIX = {"float": "float32", "double": "float64"}  # ONNX Runtime's words where they differ from NumPy's
 
 _limits: ContextVar[Limits] = ContextVar("limits", default=DEFAULT)
 _lock = threading.Lock()
 _held: dict[bytes, bool] = {}  # graphs that held: with optimizations, or only without
+
+
+# Of a model.onnx that was tried under its user's limits when it was compiled: what hangs ends, what is large runs.
+OF_ARTIFACTS = Limits(memory=1 << 36, seconds=3600)
+
+
+@contextlib.contextmanager
+def limited_as_artifact() -> Iterator[None]:
+    """What trials of an artifact's own model may use, unless `limited` says otherwise already."""
+    with limited(OF_ARTIFACTS if _limits.get() is DEFAULT else _limits.get()):
+        yield
 
 
 @contextlib.contextmanager
@@ -122,35 +133,39 @@ def _tried(source: bytes | str, proto: onnx.ModelProto, optimize: bool, where: s
     key = _structure(proto, optimize)
     with _lock:
         if key not in _held:
-            _held[key] = _holds(source, optimize, limits, where)
+            _held[key] = _holds(source, proto, optimize, limits, where)
         return _held[key]
 
 
-def _holds(source: bytes | str, optimize: bool, limits: Limits, where: str) -> bool:
+def _holds(source: bytes | str, proto: onnx.ModelProto, optimize: bool, limits: Limits, where: str) -> bool:
     if optimize:
-        with contextlib.suppress(ModelError):
-            _try(source, True, limits, where)
+        with contextlib.suppress(Crashed):
+            _try(source, proto, True, limits, where)
             return True
-    _try(source, False, limits, where)
+    _try(source, proto, False, limits, where)
     return False
 
 
-def _try(source: bytes | str, optimize: bool, limits: Limits, where: str) -> None:
-    size = len(source) if isinstance(source, bytes) else _bytes_beside(source)
+def _try(source: bytes | str, proto: onnx.ModelProto, optimize: bool, limits: Limits, where: str) -> None:
+    size = len(source) if isinstance(source, bytes) else _stored_bytes(source, proto)
     header = {"path": None if isinstance(source, bytes) else source, "optimize": optimize, "where": where}
     allowance = Allowance(limits.memory + MEMORY_FACTOR * size, limits.seconds)
     parts = [source] if isinstance(source, bytes) else []
     call(f"{__name__}:trial_task", header, parts, allowance, where, server=SERVER)
 
 
-def _bytes_beside(path: str) -> int:
-    """Of the file and of those in its folder, where its weights may lie."""
-    with os.scandir(os.path.dirname(path)) as entries:
-        return sum(entry.stat().st_size for entry in entries if entry.is_file())
+def _stored_bytes(path: str, proto: onnx.ModelProto) -> int:
+    """Of the file and of those that hold its weights."""
+    names = {entry.value for t in proto.graph.initializer for entry in t.external_data if entry.key == "location"}
+    total = 0
+    for file in (path, *(os.path.join(os.path.dirname(path), name) for name in names)):
+        with contextlib.suppress(OSError):
+            total += os.path.getsize(file)
+    return total
 
 
 def _structure(proto: onnx.ModelProto, optimize: bool) -> bytes:
-    """A digest of everything but the contents of large initializers."""
+    """A digest of everything but real numbers and the contents of large initializers."""
     digest = hashlib.blake2b(bytes([optimize]), digest_size=20)
 
     def add(message: Any) -> None:
@@ -159,14 +174,17 @@ def _structure(proto: onnx.ModelProto, optimize: bool) -> bytes:
         digest.update(data)
 
     graph = proto.graph
-    for message in (*proto.opset_import, *proto.functions, *graph.node, *graph.input, *graph.output, *graph.value_info):
-        add(message)
+    lists = (
+        proto.opset_import, proto.functions, graph.node, graph.input, graph.output, graph.value_info, graph.sparse_initializer
+    )  # fmt: skip
+    for messages in lists:
+        digest.update(len(messages).to_bytes(8, "little"))
+        for message in messages:
+            add(message)
     for tensor in graph.initializer:
-        if len(tensor.raw_data) > SMALL:
+        if tensor.data_type in _REAL or len(tensor.raw_data) > SMALL:
             tensor = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
         add(tensor)
-    for sparse in graph.sparse_initializer:
-        add(sparse)
     return digest.digest()
 
 
@@ -196,4 +214,4 @@ def ones(session: ort.InferenceSession) -> dict[str, np.ndarray]:
     return feeds
 
 
-__all__ = ["limited", "ones", "open_session"]
+__all__ = ["limited", "limited_as_artifact", "ones", "open_session"]

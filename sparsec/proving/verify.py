@@ -123,6 +123,7 @@ def verify(
     `random_samples` more. `against`: the model before any pass, for fidelity; where the artifact has inputs and outputs of
     8 bits and it has not, it is given and compared in real numbers. Never raises because results differ; see `.passed`.
     """
+    from sparsec.proving.ort_session import limited_as_artifact
     from sparsec.runtimes.base import find_runtime
     from sparsec.runtimes.ort import OrtSession
 
@@ -139,6 +140,7 @@ def verify(
     same = done = 0
     right = {"reference": 0, "artifact": 0}
     with (
+        limited_as_artifact(),
         where.open(artifact, None) as session,
         OrtSession(artifact.path / "model.onnx", where="model.onnx") as reference,
         _open_against(against, reference) as original,

@@ -138,7 +138,9 @@ def _check(model: ir.Model, data: bytes | None, step: PassStep) -> None:
     try:
         open_session(data, optimize=False, where=where)
     except ModelError as error:
-        raise CheckError(f"left a model on which {error.message} ({step.origin})", where) from error
+        raise CheckError(f"left a model that cannot be tried: {error.message} ({step.origin})", where) from error
+    except SparsecError:
+        raise
     except Exception as error:
         raise CheckError(
             f"left a model that ONNX Runtime does not load: {one_line(error)} ({step.origin})", where

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 import onnx_ir
 import pytest
 from cuda_emulator import EmulatedLibrary
@@ -202,6 +203,25 @@ def test_a_model_in_float16(passes: tuple[str, ...]) -> None:
     if importlib.util.find_spec("nvidia.cuda_nvrtc"):
         cubin, _ = nvrtc.compile_cuda(cuda_source(program.kernels, "sm_87"), "sm_87")
         assert cubin.startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("name", ["max", "half", "exp", "\u8f93\u5165", "a/b.c"])
+def test_a_name_of_the_graph_is_none_of_the_compilers(name: str) -> None:
+    (step,) = lower_generic(list(onnx_ir.from_proto(_named(name)).graph), CUDA.machine, gpu=CUDA.gpu).steps
+    text = cuda_source((step.kernel,), "sm_90")
+    assert text.isascii()
+    if importlib.util.find_spec("nvidia.cuda_nvrtc"):
+        assert nvrtc.compile_cuda(text, "sm_90")[0].startswith(b"\x7fELF")
+
+
+def _named(name: str) -> onnx.ModelProto:
+    """y = exp(max(x, x)), x called `name`."""
+    kind = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4, 5])
+    out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [4, 5])
+    nodes = [onnx.helper.make_node("Relu", [name], ["r"]), onnx.helper.make_node("Exp", ["r"], ["y"])]
+    graph = onnx.helper.make_graph(nodes, "g", [kind], [out])
+    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    return onnx.shape_inference.infer_shapes(made)
 
 
 LACKING = """

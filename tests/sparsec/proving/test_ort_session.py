@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -10,12 +11,13 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from sparsec.errors import CheckError, ModelError
+import sparsec
+from sparsec.errors import CheckError, ModelError, RuntimeUnavailable
 from sparsec.limits import Limits
 from sparsec.loading import isolation
 from sparsec.passes.measure.trial import fetch, in_parallel, pick_samples
 from sparsec.proving import ort_session
-from sparsec.proving.ort_session import limited, open_session
+from sparsec.proving.ort_session import limited, limited_as_artifact, open_session
 from sparsec.rewriting.passes_api import Pass, PassResult
 from sparsec.rewriting.pipeline import run_passes
 
@@ -32,9 +34,9 @@ def trials(monkeypatch) -> list[bool]:
     seen: list[bool] = []
     real = ort_session._try
 
-    def noted(source, optimize, limits, where) -> None:
+    def noted(source, proto, optimize, limits, where) -> None:
         seen.append(optimize)
-        real(source, optimize, limits, where)
+        real(source, proto, optimize, limits, where)
 
     monkeypatch.setattr(ort_session, "_try", noted)
     monkeypatch.setattr(ort_session, "_held", {})
@@ -93,7 +95,9 @@ def test_a_crash_in_a_pass_ends_the_pass(faults) -> None:
             model.graph.name = "crashes"
             return PassResult(model, True)
 
-    with pytest.raises(CheckError, match=r"pass breaker: left a model on which ONNX Runtime.* ended with SIGSEGV"):
+    with pytest.raises(
+        CheckError, match=r"pass breaker: left a model that cannot be tried: ONNX Runtime.* ended with SIGSEGV"
+    ):
         run_passes(ir.from_proto(parsed("g (float[1,2] x) => (float[1,2] y) { y = Neg(x) }")), [Breaker()])
     with pytest.raises(ModelError, match="ended with SIGSEGV"):
         fetch(crashing, ["y"], pick_samples(crashing, samples, 4))
@@ -105,21 +109,32 @@ def test_one_trial_a_graph(trials) -> None:
     assert trials == [True]
     open_session(half(), optimize=False)
     assert trials == [True, False]
-    model = parsed("g (float[2] x) => (float[2] y) <float[1] w = {1}> { y = Mul(x, w) }")
+    model = parsed(
+        "g (float[2] x, int64[1] n) => (float[2] y, int64[1] m) <float[1] w = {1}, int64[1] k = {1}> { y = Mul(x, w) m = Add(n, k) }"
+    )
     open_session(model)
-    model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.float32([2]), "w"))
-    open_session(model)
-    assert len(trials) == 4  # small constants may be axes or bounds
+    for name, value, more in (("w", np.float32([2]), 0), ("k", np.int64([2]), 1)):  # whole numbers may be axes
+        (tensor,) = (t for t in model.graph.initializer if t.name == name)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(value, name))
+        before = len(trials)
+        open_session(model)
+        assert len(trials) == before + more
+    other = onnx.ModelProto.FromString(model.SerializeToString())
+    other.graph.value_info.append(other.graph.output.pop())  # the same messages in other lists
+    open_session(other)
+    assert len(trials) == before + more + 1
 
 
 def test_limits_hold_for_trials(trials) -> None:
     model = parsed("g (float[1] x) => (float[n] y) <int64[1] w = {300000000}> { y = Expand(x, w) }")
     with limited(Limits(memory=1 << 27)), pytest.raises(ModelError, match="--limit memory"):
         open_session(model)
-    assert trials == [True, False]
-    with limited(Limits(isolate=0)):
+    assert trials == [True]  # no fallback: that it takes too much is no fault of an optimization
+    with limited_as_artifact():
         open_session(model)
-    assert trials == [True, False]
+    assert trials == [True, True]
+    with limited(Limits(isolate=0)), limited_as_artifact():
+        assert ort_session._limits.get().isolate == 0
 
 
 def test_threads_of_a_search_keep_the_limits() -> None:
@@ -142,6 +157,29 @@ def test_what_only_the_optimizer_makes_invalid_runs_without_it(trials, monkeypat
     assert trials == [True, False]
     with pytest.raises(RuntimeError, match="output_dtype INT8"):  # both refuse: what was said first
         open_session(parsed("g (float[2] x) => (float[2] y) { y = NoSuchOp(x) }"))
+
+
+def test_an_unoptimized_session_is_not_timed(trials, monkeypatch, tmp_path) -> None:
+    artifact = sparsec.compile(parsed("g (float[2] x) => (float[2] y) { y = Neg(x) }"))
+    real = ort_session._open
+    monkeypatch.setattr(ort_session, "_open", lambda *given: real(*given[:3], False, *given[4:]))
+    with pytest.raises(RuntimeUnavailable, match="without which it is not timed"):
+        artifact.bench(runs=1, against=["ort"])
+    assert artifact.verify().passed
+
+
+def test_what_is_queued_is_dropped_after_a_failure() -> None:
+    done = []
+
+    def work(i: int) -> None:
+        done.append(i)
+        if i == 0:
+            raise ValueError
+        time.sleep(0.01)
+
+    with pytest.raises(ValueError):  # noqa: PT011
+        in_parallel(work, range(200))
+    assert len(done) < 150
 
 
 def test_a_refusal_is_onnx_runtimes_own(trials, tmp_path) -> None:
