@@ -6,13 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sparsec.errors import ModelError, RuntimeUnavailable, SparsecError
-from sparsec.ports import InputSpec
+from sparsec.ports import InputSpec, numpy_type
 from sparsec.runtimes.base import Arrays, Compiled, Runtime, Session
-
-_NUMPY = {"float": "float32", "double": "float64"}  # ONNX Runtime's words where they differ from NumPy's
 
 
 class OrtSession(Session):
@@ -69,9 +65,8 @@ class OrtSession(Session):
 
 
 def _spec(node: Any) -> InputSpec:
-    kind = node.type.removeprefix("tensor(").removesuffix(")")
     shape = tuple(dim if isinstance(dim, int) else 1 for dim in node.shape)
-    return InputSpec(node.name, shape, np.dtype(_NUMPY.get(kind, kind)).name)
+    return InputSpec(node.name, shape, numpy_type(node.type).name)
 
 
 def _line(error: Exception) -> str:

@@ -43,7 +43,8 @@ from sparsec.lowering import lower
 from sparsec.lowering.predict import layer_price
 from sparsec.passes.layers import select_layers
 from sparsec.passes.measure.fidelity import Fidelity
-from sparsec.passes.measure.trial import fast_session, in_parallel
+from sparsec.passes.measure.trial import in_parallel
+from sparsec.proving.ort_session import open_session
 from sparsec.rewriting.pass_specs import PassStep, as_step
 from sparsec.rewriting.pipeline import run_passes
 from sparsec.targets import Target
@@ -240,7 +241,7 @@ class Judge:
         return float((outputs[0].reshape(len(self._labels), -1).argmax(axis=1) == self._labels).mean())
 
     def _run(self, data: bytes) -> list[np.ndarray]:
-        session = fast_session(onnx.load_model_from_string(data))
+        session = open_session(data)
         names = [x.name for x in session.get_inputs()]
         stream, results = iter(self._samples), []
         while batch := list(islice(stream, 32)):

@@ -56,6 +56,12 @@ class InputSpec:
         return array if self.quantization is None or array.dtype.kind == "f" else self.quantization.dequantize(array)
 
 
+def numpy_type(kind: str) -> np.dtype:
+    """NumPy's type for ONNX Runtime's word, such as `tensor(float)`. TypeError: it has none."""
+    kind = kind.removeprefix("tensor(").removesuffix(")")
+    return np.dtype({"float": "float32", "double": "float64"}.get(kind, kind))
+
+
 def input_spec(value: ir.Value) -> InputSpec:
     """The spec of a model's input, whose shape is static."""
     assert value.shape is not None and value.dtype is not None

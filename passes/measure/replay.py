@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from sparsec.passes.layers import WeightedLayer
 from sparsec.passes.measure.segments import Segment, batches, value_bytes, values_of
-from sparsec.passes.measure.statistics import columns, input_of, outputs, products, thinning
+from sparsec.passes.measure.statistics import Centred, columns, input_of, outputs, products, thinning
 from sparsec.rewriting.passes_api import Samples
 
 STORE = 3 << 28  # bytes of one cut, both models, all samples
@@ -98,13 +98,12 @@ class Pairs:
 
     def add(self, x: np.ndarray, y: np.ndarray) -> None:
         """Columns [G, K, P] and goals [OC, P], float32."""
-        wide = y.reshape(x.shape[0], -1, y.shape[1])
-        xx, sums, _ = products(x, x)
-        self.xx += xx
-        self.yx += products(wide, x)[0]
+        read, goals = Centred.of(x), Centred.of(y.reshape(x.shape[0], -1, y.shape[1]))
+        self.xx += products(read, read)
+        self.yx += products(goals, read)
         self.yy += np.einsum("np,np->n", y, y, dtype=np.float64)
-        self.x += sums
-        self.y += y.sum(axis=1, dtype=np.float64)
+        self.x += read.total
+        self.y += goals.total.reshape(-1)
         self.count += y.shape[1]
 
     def __add__(self, other: Pairs) -> Pairs:

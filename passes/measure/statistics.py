@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -50,8 +51,24 @@ class Activations:
             yield {name: given[name] if name in inputs else made[name] for name in values}
 
 
-def products(y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """sum_p y_p x_p^T [G, M, K], sum_p y_p [G, M] and sum_p x_p [G, K], float64, of columns [G, M, P] and [G, K, P], float32.
+class Centred(NamedTuple):
+    """Columns [G, K, P] as `near` [G, K], values near their means, and what is left of them; `total` [G, K]: their sums."""
+
+    rest: np.ndarray
+    near: np.ndarray
+    total: np.ndarray
+
+    @classmethod
+    def of(cls, x: np.ndarray) -> Centred:
+        """Of float32; `near` and `total` are float64."""
+        total = x.sum(axis=2, dtype=np.float64)
+        near = (total / max(x.shape[2], 1)).astype(x.dtype)
+        near = np.where(np.isfinite(near), near, 0)
+        return cls(x - near[..., None], near.astype(np.float64), total)
+
+
+def products(y: Centred, x: Centred) -> np.ndarray:
+    """sum_p y_p x_p^T, [G, M, K] float64, of the columns of both.
 
     With x = a + d and y = b + e for any a and b
 
@@ -60,22 +77,11 @@ def products(y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
     and with a and b near the means the product in float32, which rounds by a share of what it sums, sees the deviations
     only: a covariance is as exact where means are large.
     """
-    count = x.shape[2]
-    e, b, sum_y = _centred(y)
-    d, a, sum_x = (e, b, sum_y) if x is y else _centred(x)
     with np.errstate(invalid="ignore"):  # what is not finite stays so
-        total = np.matmul(e, d.transpose(0, 2, 1)).astype(np.float64)
-        total += b[..., None] * sum_x[:, None] + sum_y[..., None] * a[:, None]  # symmetric where x is y
-        total -= count * (b[..., None] * a[:, None])
-    return total, sum_y, sum_x
-
-
-def _centred(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`x` [G, K, P] less a value near each row's mean; these values and the rows' sums [G, K] in float64."""
-    total = x.sum(axis=2, dtype=np.float64)
-    near = (total / max(x.shape[2], 1)).astype(x.dtype)
-    near = np.where(np.isfinite(near), near, 0)
-    return x - near[..., None], near.astype(np.float64), total
+        found = np.matmul(y.rest, x.rest.transpose(0, 2, 1)).astype(np.float64)
+        found += y.near[..., None] * x.total[:, None] + y.total[..., None] * x.near[:, None]  # symmetric where x is y
+        found -= x.rest.shape[2] * (y.near[..., None] * x.near[:, None])
+    return found
 
 
 @dataclass
@@ -93,9 +99,9 @@ class Moments:
 
     def add(self, x: np.ndarray) -> None:
         """One batch of columns [G, K, P] float32: the product in float32, the sum over batches in float64."""
-        gram, total, _ = products(x, x)
-        self.gram += gram
-        self.total += total
+        parts = Centred.of(x)
+        self.gram += products(parts, parts)
+        self.total += parts.total
         self.count += x.shape[2]
 
 

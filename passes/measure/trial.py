@@ -38,11 +38,6 @@ WORKERS = 8  # at most; each holds a session
 PRUNED_BYTES = 1 << 29  # pruned weights that are kept for the next trial
 
 
-def fast_session(proto: onnx.ModelProto) -> ort.InferenceSession:
-    """A one-thread CPU session without log output, the graph optimized as ONNX Runtime can."""
-    return open_session(proto)
-
-
 def in_parallel(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """`function` of each item, in order, on as many threads as this process may use; ONNX Runtime runs outside the GIL."""
     workers = min(WORKERS, processors())
@@ -116,7 +111,7 @@ class Part:
         proto.CopyFrom(self._proto)
         for name, tensor in self._tensors.items():
             proto.graph.initializer.append(numpy_helper.from_array(weights[name], name) if name in weights else tensor)
-        return fast_session(proto)
+        return open_session(proto)
 
     def run(self, weights: Weights, samples: Iterable[Arrays]) -> list[np.ndarray]:
         """The outputs that depend on the part, [samples, ...] each; a sample holds `inputs`."""
@@ -136,7 +131,7 @@ def fetch(model: ir.Model, names: Collection[str], samples: Sequence[Arrays]) ->
         return [{name: sample[name] for name in given} for sample in samples]
     del proto.graph.output[:]
     proto.graph.output.extend(known[name] for name in computed)
-    session = fast_session(proto)
+    session = open_session(proto)
     fed = [x.name for x in session.get_inputs()]
 
     def one(sample: Arrays) -> dict[str, np.ndarray]:

@@ -26,7 +26,7 @@ from sparsec.loading.isolation import Allowance, Worker, call
 from sparsec.loading.normalize import load_here
 from sparsec.loading.reading import read_proto, read_source
 from sparsec.passes.normalization.fold_constants import quiet_session
-from sparsec.proving.ort_session import ones
+from sparsec.proving.ort_session import run_once
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -146,7 +146,8 @@ def load_task(worker: Worker, header: dict[str, Any], parts: list[memoryview]) -
         raise
     if not beside:
         worker.step("a run in ONNX Runtime")
-        _try(model, header["where"])
+        data = model_bytes(model)
+        run_once(lambda: quiet_session(data))  # a crash ends this process
     worker.step("handing the model over")
     worker.answer({"notes": notes}, pack(model, beside))
 
@@ -156,7 +157,8 @@ def warm() -> None:
     node = onnx.helper.make_node("Relu", ["x"], ["y"])
     x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
     proto = onnx.helper.make_model(onnx.helper.make_graph([node], "warm", [x], [y]))
-    _try(load_here(proto, {}, {}, [])[0], "warm")
+    data = model_bytes(load_here(proto, {}, {}, [])[0])
+    run_once(lambda: quiet_session(data))
 
 
 def vet_task(worker: Worker, header: dict[str, Any], parts: list[memoryview]) -> None:
@@ -172,18 +174,6 @@ def vet_task(worker: Worker, header: dict[str, Any], parts: list[memoryview]) ->
     except Exception as error:
         raise ModelError(f"ONNX Runtime does not load it: {one_line(error)}", header["where"]) from error
     worker.answer({})
-
-
-def _try(model: ir.Model, where: str) -> None:
-    """Run the model once, on ones. A crash ends this process; an operator that ONNX Runtime lacks is no fault."""
-    try:
-        session = quiet_session(model_bytes(model))
-        session.run(None, ones(session))
-    except MemoryError:
-        raise
-    except Exception as error:
-        if "bad_alloc" in str(error) or "Failed to allocate memory" in str(error):
-            raise MemoryError from error
 
 
 def _bound(value: Any) -> Any:

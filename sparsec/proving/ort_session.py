@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ import onnxruntime as ort
 from sparsec.limits import DEFAULT, MEMORY_FACTOR, Limits
 from sparsec.loading import isolation
 from sparsec.loading.isolation import Allowance, Crashed, Worker, call
+from sparsec.ports import numpy_type
 from sparsec.proving.ort_faults import left_out
 
 SERVER = "sparsec.loading.load"  # trials share the server that models are loaded by
@@ -36,7 +37,6 @@ SERVER = "sparsec.loading.load"  # trials share the server that models are loade
 FLOAT_ACTIVATIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
 SMALL = 64  # bytes of whole numbers that may decide what a graph does: shapes, axes
 _REAL = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
-_SUFFIX = {"float": "float32", "double": "float64"}  # ONNX Runtime's words where they differ from NumPy's
 
 _limits: ContextVar[Limits] = ContextVar("limits", default=DEFAULT)
 _lock = threading.Lock()
@@ -193,25 +193,24 @@ def trial_task(worker: Worker, header: dict[str, Any], parts: list[memoryview]) 
     source, proto = _source(bytes(parts[0]) if header["path"] is None else header["path"])
     how = "ONNX Runtime" if header["optimize"] else "ONNX Runtime, with all of its optimizations off,"
     worker.step(how)
+    run_once(lambda: _open(source, proto, 1, header["optimize"]))
+    worker.answer({})
+
+
+def run_once(make: Callable[[], ort.InferenceSession]) -> None:
+    """Make a session and run it on ones (whole numbers divided by zero ended the process), open dimensions 1.
+
+    What ONNX Runtime refuses is no fault here. Raises MemoryError where it got none.
+    """
     try:
-        session = _open(source, proto, 1, header["optimize"])
-        session.run(None, ones(session))
+        session = make()
+        shapes = {x.name: [d if isinstance(d, int) else 1 for d in x.shape] for x in session.get_inputs()}
+        session.run(None, {x.name: np.ones(shapes[x.name], numpy_type(x.type)) for x in session.get_inputs()})
     except MemoryError:
         raise
     except Exception as error:
         if "bad_alloc" in str(error) or "Failed to allocate memory" in str(error):
             raise MemoryError from error
-    worker.answer({})
 
 
-def ones(session: ort.InferenceSession) -> dict[str, np.ndarray]:
-    """Inputs of ones (whole numbers divide by zero with a crash), 1 where a dimension is open."""
-    feeds = {}
-    for x in session.get_inputs():
-        kind = x.type.removeprefix("tensor(").removesuffix(")")
-        shape = [d if isinstance(d, int) else 1 for d in x.shape]
-        feeds[x.name] = np.ones(shape, _SUFFIX.get(kind, kind))
-    return feeds
-
-
-__all__ = ["limited", "limited_as_artifact", "ones", "open_session"]
+__all__ = ["limited", "limited_as_artifact", "open_session", "run_once"]

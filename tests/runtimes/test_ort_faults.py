@@ -40,7 +40,7 @@ def test_only_models_with_float16_lose_a_fusion(tmp_path) -> None:
     "open_it",
     [
         "from sparsec.runtimes.ort import OrtSession; OrtSession(sys.argv[1]).run({'x': x})",
-        "from sparsec.passes.measure.trial import fast_session; fast_session(onnx.load(sys.argv[1])).run(None, {'x': x})",
+        "from sparsec.proving.ort_session import open_session; open_session(onnx.load(sys.argv[1])).run(None, {'x': x})",
         "import onnx_ir as ir; from sparsec.passes.measure.segments import Segment;"
         " Segment(ir.load(sys.argv[1]), ['x'], ['y']).run({'x': x[None]})",
     ],

@@ -7,7 +7,7 @@ import pytest
 from sparsec.errors import ModelError
 from sparsec.passes.layers import weighted_layers
 from sparsec.passes.measure.segments import Segment, batches
-from sparsec.passes.measure.statistics import Activations, columns, gather, outputs, products, thinning
+from sparsec.passes.measure.statistics import Activations, Centred, columns, gather, outputs, products, thinning
 from sparsec.passes.normalization.fold_constants import quiet_session
 from sparsec.rewriting.passes_api import META_KEY, Context, Stacked
 
@@ -81,7 +81,8 @@ def test_gather_equals_the_moments_of_all_columns_at_once(model, size: int) -> N
 def test_products_keep_small_deviations_of_large_means(mean: float) -> None:
     """Plain products in float32 would be off by 6e-8 mean^2 and more, their covariance by that over 1e-4."""
     y, x = (np.float32(mean) + np.float32(0.01) * f32(2, k, 5000) for k in (3, 4))
-    total, sum_y, sum_x = products(y, x)
+    of_y, of_x = Centred.of(y), Centred.of(x)
+    total, sum_y, sum_x = products(of_y, of_x), of_y.total, of_x.total
     a, b = x.astype(np.float64), y.astype(np.float64)
     np.testing.assert_allclose(total, b @ a.transpose(0, 2, 1), rtol=1e-10, atol=1e-5)
     covariance = total / 5000 - sum_y[:, :, None] * sum_x[:, None] / 5000**2
@@ -89,11 +90,13 @@ def test_products_keep_small_deviations_of_large_means(mean: float) -> None:
         [(v - v.mean(1, keepdims=True)) @ (u - u.mean(1, keepdims=True)).T / 5000 for v, u in zip(b, a, strict=True)]
     )
     np.testing.assert_allclose(covariance, exact, rtol=1e-4, atol=1e-9)
-    same = products(x, x)
-    np.testing.assert_array_equal(same[0], same[0].transpose(0, 2, 1))
-    assert products(x[:, :, :0], x[:, :, :0])[0].shape == (2, 4, 4)
+    same = products(of_x, of_x)
+    np.testing.assert_array_equal(same, same.transpose(0, 2, 1))
+    nothing = Centred.of(x[:, :, :0])
+    assert not products(nothing, nothing).any()
     x[0, 0, 0] = np.inf
-    assert not np.isfinite(products(x, x)[0]).all()
+    broken = Centred.of(x)
+    assert not np.isfinite(products(broken, broken)).all()
 
 
 def test_batches_run_together_where_that_is_the_same_and_alone_where_not(model) -> None:
